@@ -92,7 +92,7 @@ def fingerprint(target: Target) -> str:
     if finished:
         return finished.parent.name.removeprefix(f"{target}-")
     try:
-        compilers = _digest(_toolchain(target).versions(), 8)
+        compilers = _digest(find_toolchain(target.backend).versions(), 8)
     except BuildError:
         compilers = "none"
     return f"{_sources_digest(target)}-{compilers}"
@@ -128,7 +128,7 @@ def build(
     finished = _find_finished(target)
     if finished:
         return finished
-    tools = _toolchain(target)
+    tools = _tools_or_explain(target)
     root = make_private(cache_dir())
     with explain_os_errors(root), build_lock(root, say) as waited_since:
         finished = _find_finished(target)
@@ -156,6 +156,7 @@ def _build_locked(
         result = work / "result"
         result.mkdir(mode=0o700)
         os.replace(work / LIBRARY, result / LIBRARY)
+        _sync(result / LIBRARY)
         _write_synced(result / "build.log", output)
         manifest = {
             **_library_facts(result / LIBRARY),
@@ -192,8 +193,7 @@ def _find_finished(target: Target) -> Path | None:
         if not root.exists():
             return None
         check_private(root)
-        entries = sorted(root.glob(f"{target}-{_sources_digest(target)}-*"))
-        sound = {entry: _manifest(entry) for entry in entries if _flaw(entry, target) is None}
+        sound = {entry: _manifest(entry) for entry in _entries(target) if _flaw(entry, target) is None}
     if not sound:
         return None
     signature = toolchain.signature(target.backend)
@@ -201,10 +201,15 @@ def _find_finished(target: Target) -> Path | None:
         if manifest["signature"] == signature:
             return entry / LIBRARY
     try:
-        compilers = _toolchain(target).versions()
+        compilers = find_toolchain(target.backend).versions()
     except BuildError:
         return next(reversed(sound)) / LIBRARY
     return next((entry / LIBRARY for entry, found in sound.items() if found["compilers"] == compilers), None)
+
+
+def _entries(target: Target) -> list[Path]:
+    """Directories of these sources and this target, one per set of compilers."""
+    return sorted(path for path in cache_dir().glob(f"{target}-{_sources_digest(target)}-*") if path.is_dir())
 
 
 def _flaw(entry: Path, target: Target) -> str | None:
@@ -255,12 +260,6 @@ def _sources_digest(target: Target) -> str:
 
 def _digest(facts: object, length: int) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:length]
-
-
-def _toolchain(target: Target) -> Toolchain:
-    import torch
-
-    return find_toolchain(target.backend, torch.version.cuda)
 
 
 # ---- compiling ------------------------------------------------------------------------------------------------------
@@ -438,6 +437,20 @@ def _error_lines(output: str, context: int = 3, limit: int = 40) -> str:
     return "\n".join(f"  {line[:400]}" for line in chosen[:limit])
 
 
+def _tools_or_explain(target: Target) -> Toolchain:
+    """The compilers; without them, the error also names a finished build that cannot be used."""
+    try:
+        return find_toolchain(target.backend)
+    except BuildError as error:
+        flaws = [f"{entry}: {flaw}" for entry in _entries(target) if (flaw := _flaw(entry, target))]
+        unusable = f" A finished build exists but cannot be used: {'; '.join(flaws)}." if flaws else ""
+        prebuild = f"vllm-mla-fusion build --arch {target.archs[0] if target.archs else 'cpu'}"
+        raise BuildError(
+            f"{error.problem}{unusable}",
+            f"{error.remedy} Or run `{prebuild}` on a machine that has one, with the same torch, and copy its cache here.",
+        ) from None
+
+
 def _raise_failure_of_other(root: Path, target: Target, waited_since: float | None) -> None:
     """A process that waited for a build that failed reports that failure instead of repeating it."""
     log = _failure_log(root, target)
@@ -446,8 +459,11 @@ def _raise_failure_of_other(root: Path, target: Target, waited_since: float | No
 
 
 def _write_synced(path: Path, text: str) -> None:
-    """Writes and flushes to disk, so that a full disk shows here and not as a truncated file later."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Flushes to disk, so that a full disk or a lost machine shows here and not as a truncated file later."""
+    with path.open("rb") as file:
         os.fsync(file.fileno())
