@@ -13,7 +13,7 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _stock_unfused(cell: Cell, ops: Any) -> Callable[[dict[str, torch.Tensor]], 
     return call
 
 
-def _time(calls: list[Callable[[], None]], replays: int) -> float:
+def _time(calls: Sequence[Callable[[], object]], replays: int) -> float:
     """Microseconds per call."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -169,13 +169,13 @@ def _time(calls: list[Callable[[], None]], replays: int) -> float:
 
 def _floor(replays: int) -> float:
     one = torch.zeros(1, device="cuda")
-    return _time([lambda: one.add_(1) and None] * _MAX_CALLS, replays)  # type: ignore[list-item, func-returns-value]
+    return _time([lambda: one.add_(1)] * _MAX_CALLS, replays)
 
 
 def _copy_bandwidth(replays: int) -> float:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
-    micros = _time([lambda: target.copy_(source) and None] * 4, replays)  # type: ignore[list-item, func-returns-value]
+    micros = _time([lambda: target.copy_(source)] * 4, replays)
     return 2 * source.numel() / (micros * 1e-6)
 
 
