@@ -37,9 +37,9 @@ TRANSFORMERS_OF_TORCH = {
 # What vLLM imports to build a model and compile it; its kernel and serving packages are left out.
 DEPENDENCIES = """
 aiohttp blake3 cachetools cbor2 cloudpickle compressed-tensors==0.17.0 depyf==0.20.0 diskcache einops
-fastapi[standard]<0.137 filelock gguf jsonschema lark==1.2.2 mistral_common msgspec ninja numpy openai openai-harmony
+fastapi[standard]<0.137 filelock gguf jsonschema lark==1.2.2 llguidance mistral_common msgspec ninja numpy openai openai-harmony
 partial-json-parser pillow prometheus_client protobuf psutil py-cpuinfo pybase64 pydantic python-json-logger pyzmq regex
-requests safetensors sentencepiece setproctitle setuptools tiktoken tokenizers tqdm typing_extensions watchfiles
+requests safetensors sentencepiece setproctitle setuptools tiktoken tokenizers tqdm typing_extensions watchfiles xgrammar
 """.split()
 
 # Wheels differ in their glibc tag; pip takes only the tags it is told when a target is given.
@@ -60,15 +60,14 @@ def python_of(release: str) -> Path:
     torch_version = TORCH_OF_RELEASE[release]
     venv = matrix_dir() / f"torch-{torch_version}"
     python = venv / "bin" / "python"
-    complete = venv / ".complete"
+    # `===` keeps a local build such as 2.13.0+cpu out: `_C` needs the CUDA one.
+    requirements = [f"torch==={torch_version}", TRANSFORMERS_OF_TORCH[torch_version], *DEPENDENCIES]
+    installed = venv / "requirements.txt"
     with _lock(venv.name):
-        if not complete.exists():
-            shutil.rmtree(venv, ignore_errors=True)
+        if not installed.exists() or installed.read_text() != "\n".join(requirements):
             _run(sys.executable, "-m", "venv", "--without-pip", venv)
-            # `===` keeps a local build such as 2.13.0+cpu out: `_C` needs the CUDA one.
-            requirements = [f"torch==={torch_version}", TRANSFORMERS_OF_TORCH[torch_version], *DEPENDENCIES]
             _pip(f"--python={python}", "install", *requirements)
-            complete.touch()
+            installed.write_text("\n".join(requirements))
     return python
 
 
@@ -125,7 +124,7 @@ def _download(release: str) -> Path:
 
 
 def _unpack(wheel: Path, target: Path) -> None:
-    """Keep the Python files, data and `_C` of a wheel; flash-attention and the like are most of its size."""
+    """Keep what importing the model needs: Python files, `_C` and one of the flash-attention extensions."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:
@@ -136,7 +135,8 @@ def _unpack(wheel: Path, target: Path) -> None:
 
 def _wanted(name: str) -> bool:
     path = Path(name)
-    return path.suffix in {".py", ".json"} or ".dist-info" in path.parts[0] or path.name.startswith(("_C.", "_C_stable"))
+    extension = path.name.startswith(("_C.", "_C_stable", "_vllm_fa3_C"))
+    return extension or path.suffix in {".py", ".json"} or ".dist-info" in path.parts[0]
 
 
 def _lock(name: str) -> FileLock:

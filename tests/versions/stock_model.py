@@ -10,6 +10,8 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.rotary_embedding import deepseek_scaling_rope
 from vllm.model_executor.models import deepseek_v2
 
 from tests.versions.variants import GEOMETRIES, Variant
@@ -89,12 +91,17 @@ class Layers(torch.nn.Module):
         return hidden_states
 
 
-def build(config: VllmConfig, *, is_neox: bool) -> torch.nn.Module:
+def build(config: VllmConfig, variant: Variant) -> torch.nn.Module:
     """The layers on the current default device; no stock MLA model pairs neox-wise, so that is asked of `get_rope`."""
 
     def get_rope(*args: object, **kwargs: object) -> torch.nn.Module:
-        return stock_get_rope(*args, **kwargs | {"is_neox_style": is_neox})
+        return stock_get_rope(*args, **kwargs | {"is_neox_style": variant.is_neox})
 
     stock_get_rope = deepseek_v2.get_rope
-    with patch.object(deepseek_v2, "get_rope", get_rope), set_current_vllm_config(config):
+    rotary_embedding._ROPE_DICT.clear()  # vLLM keeps one module per set of parameters, whatever config it was built for
+    with (
+        patch.object(deepseek_v2, "get_rope", get_rope),
+        patch.object(deepseek_scaling_rope, "has_flashinfer", lambda: True),
+        set_current_vllm_config(config),
+    ):
         return Layers(vllm_config=config)
