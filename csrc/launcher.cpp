@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launcher.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+
+#include "mla_rope_cache.h"
+
+namespace mla_fusion {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Tokens below which one thread is faster than several.
+constexpr int64_t kCpuGrain = 8;
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  message << "mla_fusion::concat_and_cache_mla_rope_fused: ";
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(type));
+  }
+}
+
+std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> accepted) {
+  std::ostringstream expected;
+  for (const ScalarType type : accepted) {
+    if (tensor.scalar_type() == type) return;
+    expected << (expected.tellp() > 0 ? " or " : "") << dtype_name(type);
+  }
+  fail(name, " must have dtype ", expected.str(), ", got ", dtype_name(tensor.scalar_type()), "; convert it before the call");
+}
+
+// kAny matches every size.
+constexpr int64_t kAny = -1;
+
+void check_shape(const char* name, const Tensor& tensor, const char* meaning, std::initializer_list<int64_t> expected) {
+  bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t axis = 0;
+  std::ostringstream sizes;
+  for (const int64_t size : expected) {
+    sizes << (axis ? ", " : "") << (size == kAny ? std::string("any") : std::to_string(size));
+    matches = matches && (size == kAny || tensor.size(axis) == size);
+    ++axis;
+  }
+  if (!matches) fail(name, " must be ", meaning, " = [", sizes.str(), "], got ", shape_text(tensor));
+}
+
+void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.size(last) > 1 && tensor.stride(last) != 1) {
+    fail(name, " must have a contiguous last dimension (stride 1), got stride ", tensor.stride(last), "; call .contiguous()");
+  }
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& q_pe) {
+  if (tensor.is_cpu() == q_pe.is_cpu() && tensor.get_device_index() == q_pe.get_device_index()) return;
+  const auto text = [](const Tensor& t) { return t.is_cpu() ? std::string("cpu") : "gpu " + std::to_string(t.get_device_index()); };
+  fail(name, " must be on the device of q_pe (", text(q_pe), "), got ", text(tensor), "; move it before the call");
+}
+
+ActType act_type_of(const Tensor& q_pe) {
+  check_dtype("q_pe", q_pe, {ScalarType::BFloat16, ScalarType::Half, ScalarType::Float});
+  switch (q_pe.scalar_type()) {
+    case ScalarType::BFloat16:
+      return ActType::kBFloat16;
+    case ScalarType::Half:
+      return ActType::kFloat16;
+    default:
+      return ActType::kFloat32;
+  }
+}
+
+CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cache, const Tensor& q_pe) {
+  if (kv_cache_dtype == "auto" || kv_cache_dtype == "bfloat16" || kv_cache_dtype == "float16") {
+    check_dtype("kv_cache", kv_cache, {q_pe.scalar_type()});
+    if (kv_cache_dtype != "auto" && kv_cache_dtype != dtype_name(q_pe.scalar_type())) {
+      fail("kv_cache_dtype '", kv_cache_dtype, "' must be the dtype of q_pe (", dtype_name(q_pe.scalar_type()), ") or 'auto'");
+    }
+    return CacheKind::kCopy;
+  }
+  if (kv_cache_dtype == "fp8" || kv_cache_dtype == "fp8_e4m3") {
+    check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e4m3fn});
+    return CacheKind::kFp8E4M3;
+  }
+  if (kv_cache_dtype == "fp8_e5m2") {
+    check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e5m2});
+    return CacheKind::kFp8E5M2;
+  }
+  fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, got '", kv_cache_dtype, "'");
+}
+
+// On the CPU the indices can be looked at; on a GPU that would be a synchronisation.
+void check_indices_on_cpu(const Params& p, int64_t max_position, int64_t num_rows) {
+  for (int64_t i = 0; i < p.num_tokens; ++i) {
+    const int64_t position = p.positions_are_int32 ? static_cast<const int32_t*>(p.positions)[i]
+                                                   : static_cast<const int64_t*>(p.positions)[i];
+    if (position < 0 || position >= max_position) {
+      fail("positions[", i, "] must be in [0, ", max_position, ") (the rows of cos_sin_cache), got ", position);
+    }
+  }
+  for (int64_t i = 0; i < p.num_slots; ++i) {
+    if (p.slot_mapping[i] >= num_rows) fail("slot_mapping[", i, "] must be below ", num_rows, " (the rows of kv_cache), got ", p.slot_mapping[i]);
+  }
+}
+
+}  // namespace
+
+void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
+                                     const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                     std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out) {
+  Params p{};
+  p.act_type = act_type_of(q_pe);
+  check_shape("q_pe", q_pe, "[num_tokens, num_heads, rot_dim]", {kAny, kAny, kAny});
+  const int64_t num_tokens = q_pe.size(0);
+  const int64_t rot_dim = q_pe.size(2);
+  if (rot_dim == 0 || rot_dim % 2 != 0) fail("q_pe must have an even, positive rot_dim, got ", rot_dim);
+
+  check_shape("kv_c", kv_c, "[num_tokens, kv_lora_rank]", {num_tokens, kAny});
+  const int64_t lora_rank = kv_c.size(1);
+  if (k_pe.dim() == 3) {
+    check_shape("k_pe", k_pe, "[num_tokens, 1, rot_dim]", {num_tokens, 1, rot_dim});
+  } else {
+    check_shape("k_pe", k_pe, "[num_tokens, rot_dim]", {num_tokens, rot_dim});
+  }
+  check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, rot_dim]", {num_tokens, 1, rot_dim});
+  if (!k_pe_out.is_contiguous()) fail("k_pe_out must be contiguous; allocate it with torch.empty");
+  check_shape("cos_sin_cache", cos_sin_cache, "[max_position, rot_dim]", {kAny, rot_dim});
+  check_shape("positions", positions, "[num_tokens]", {num_tokens});
+  check_shape("slot_mapping", slot_mapping, "[num_slots]", {kAny});
+  const int64_t num_slots = slot_mapping.size(0);
+  if (num_slots > num_tokens) fail("slot_mapping must have at most num_tokens = ", num_tokens, " entries, got ", num_slots);
+
+  check_dtype("positions", positions, {ScalarType::Long, ScalarType::Int});
+  check_dtype("slot_mapping", slot_mapping, {ScalarType::Long});
+  for (const auto& [name, tensor] : {std::pair("k_pe", &k_pe), {"kv_c", &kv_c}, {"k_pe_out", const_cast<const Tensor*>(&k_pe_out)}}) {
+    check_dtype(name, *tensor, {q_pe.scalar_type()});
+  }
+  check_dtype("cos_sin_cache", cos_sin_cache, {q_pe.scalar_type(), ScalarType::Float});
+  for (const auto& [name, tensor] : {std::pair("positions", &positions), {"k_pe", &k_pe}, {"kv_c", &kv_c}, {"cos_sin_cache", &cos_sin_cache},
+                                     {"slot_mapping", &slot_mapping}, {"k_pe_out", const_cast<const Tensor*>(&k_pe_out)}}) {
+    check_device(name, *tensor, q_pe);
+    check_last_dim_contiguous(name, *tensor);
+  }
+  check_last_dim_contiguous("q_pe", q_pe);
+
+  p.cache_kind = cache_kind_of(kv_cache_dtype, kv_cache, q_pe);
+  // An empty cache (profiling run) has no shape yet; without slots nothing is written.
+  const bool has_cache = num_slots > 0 && kv_cache.numel() > 0;
+  if (has_cache) {
+    check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
+    check_device("kv_cache", kv_cache, q_pe);
+    check_last_dim_contiguous("kv_cache", kv_cache);
+    if (p.cache_kind != CacheKind::kCopy) {
+      check_dtype("kv_cache_scale", kv_cache_scale, {ScalarType::Float});
+      check_device("kv_cache_scale", kv_cache_scale, q_pe);
+      if (kv_cache_scale.numel() != 1) fail("kv_cache_scale must hold one value, got ", kv_cache_scale.numel());
+      p.kv_cache_scale = static_cast<const float*>(kv_cache_scale.data_ptr());
+    }
+    p.kv_cache = kv_cache.data_ptr();
+    p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
+    p.num_slots = num_slots;
+    p.block_size = kv_cache.size(1);
+    p.cache_block_stride = kv_cache.stride(0);
+    p.cache_row_stride = kv_cache.stride(1);
+  }
+  if (num_tokens == 0) return;
+
+  p.q_pe = q_pe.data_ptr();
+  p.k_pe = k_pe.data_ptr();
+  p.kv_c = kv_c.data_ptr();
+  p.k_pe_out = k_pe_out.data_ptr();
+  p.positions = positions.data_ptr();
+  p.cos_sin_cache = cos_sin_cache.data_ptr();
+  p.q_token_stride = q_pe.stride(0);
+  p.q_head_stride = q_pe.stride(1);
+  p.k_token_stride = k_pe.stride(0);
+  p.kv_token_stride = kv_c.stride(0);
+  p.cos_sin_stride = cos_sin_cache.stride(0);
+  p.num_tokens = num_tokens;
+  p.num_heads = static_cast<int32_t>(q_pe.size(1));
+  p.rot_dim = static_cast<int32_t>(rot_dim);
+  p.lora_rank = static_cast<int32_t>(lora_rank);
+  p.is_neox = is_neox;
+  p.cos_sin_is_float = cos_sin_cache.scalar_type() == ScalarType::Float;
+  p.positions_are_int32 = positions.scalar_type() == ScalarType::Int;
+
+  if (q_pe.is_cpu()) {
+    check_indices_on_cpu(p, cos_sin_cache.size(0), has_cache ? kv_cache.size(0) * kv_cache.size(1) : 0);
+    torch::stable::parallel_for(0, num_tokens, kCpuGrain, [&p](int64_t begin, int64_t end) { run_cpu(p, begin, end); });
+    return;
+  }
+#ifdef MLA_FUSION_GPU
+  const int32_t device = q_pe.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const int error = launch_gpu(p, stream);
+  if (error != 0) fail("the kernel launch failed: ", gpu_error_name(error));
+#else
+  fail("q_pe must be on the CPU: this build has no GPU kernel");
+#endif
+}
+
+}  // namespace mla_fusion

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the launcher hands to the CPU and GPU kernels. No torch headers, no GPU headers.
+#pragma once
+
+#include <cstdint>
+
+namespace mla_fusion {
+
+enum class ActType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+enum class CacheKind : int32_t {
+  kCopy,     // same type as the activations
+  kFp8E4M3,  // value / *kv_cache_scale, saturated
+  kFp8E5M2,
+};
+
+// Strides count elements of the tensor that they belong to.
+struct Params {
+  void* q_pe;                     // [num_tokens, num_heads, rot_dim], rotated in place
+  const void* k_pe;               // [num_tokens, rot_dim]
+  const void* kv_c;               // [num_tokens, lora_rank]
+  void* k_pe_out;                 // [num_tokens, rot_dim], contiguous
+  void* kv_cache;                 // [num_blocks, block_size, lora_rank + rot_dim]
+  const void* positions;          // [num_tokens]
+  const void* cos_sin_cache;      // [max_pos, rot_dim]: cos in the first half of a row, sin in the second
+  const int64_t* slot_mapping;    // [num_slots]; negative: the row is not cached
+  const float* kv_cache_scale;    // one value, read on the device by the fp8 kinds
+
+  int64_t q_token_stride;
+  int64_t q_head_stride;
+  int64_t k_token_stride;
+  int64_t kv_token_stride;
+  int64_t cos_sin_stride;
+  int64_t cache_block_stride;
+  int64_t cache_row_stride;
+
+  int64_t num_tokens;
+  int64_t num_slots;              // <= num_tokens; tokens behind it write no cache row
+  int64_t block_size;
+  int32_t num_heads;
+  int32_t rot_dim;
+  int32_t lora_rank;
+
+  ActType act_type;
+  CacheKind cache_kind;
+  bool is_neox;
+  bool cos_sin_is_float;          // else the activation type
+  bool positions_are_int32;       // else int64
+};
+
+// Tokens begin <= t < end, on the calling thread.
+void run_cpu(const Params& params, int64_t begin, int64_t end);
+
+#ifdef MLA_FUSION_GPU
+// Returns 0 or the runtime's error code, for which gpu_error_name gives the text.
+int launch_gpu(const Params& params, void* stream);
+const char* gpu_error_name(int code);
+#endif
+
+}  // namespace mla_fusion

