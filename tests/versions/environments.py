@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -92,7 +93,10 @@ def libcuda_stub() -> Path:
 
 def install_plugins(site: Path) -> None:
     """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
-    _pip("install", "--no-deps", "--no-build-isolation", f"--target={site}", PLUGIN_ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        # setuptools builds in the source tree and would install again what an earlier build left there.
+        source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=shutil.ignore_patterns(".*", "build", "tests"))
+        _pip("install", "--no-deps", f"--target={site}", source)
     info = site / "pretended_cuda-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended-cuda\nVersion: 0\n")

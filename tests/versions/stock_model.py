@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -13,6 +14,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import deepseek_scaling_rope
 from vllm.model_executor.models import deepseek_v2
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.versions.variants import GEOMETRIES, Variant
 
@@ -91,8 +93,8 @@ class Layers(torch.nn.Module):
         return hidden_states
 
 
-def build(config: VllmConfig, variant: Variant) -> torch.nn.Module:
-    """The layers on the current default device; no stock MLA model pairs neox-wise, so that is asked of `get_rope`."""
+def build(config: VllmConfig, variant: Variant, mode: FakeTensorMode) -> torch.nn.Module:
+    """The layers, with fake weights on a GPU. No stock MLA model pairs neox-wise, so that is asked of `get_rope`."""
 
     def get_rope(*args: object, **kwargs: object) -> torch.nn.Module:
         return stock_get_rope(*args, **kwargs | {"is_neox_style": variant.is_neox})
@@ -103,5 +105,8 @@ def build(config: VllmConfig, variant: Variant) -> torch.nn.Module:
         patch.object(deepseek_v2, "get_rope", get_rope),
         patch.object(deepseek_scaling_rope, "has_flashinfer", lambda: True),
         set_current_vllm_config(config),
+        set_default_torch_dtype(config.model_config.dtype),
+        mode,
+        torch.device("cuda"),
     ):
         return Layers(vllm_config=config)
