@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold for the graphs of a trace: the stock form went in, and one fused call per layer came out."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from tests.versions import replay
+from tests.versions.stock_model import NUM_LAYERS
+from tests.versions.tracing import Trace
+from tests.versions.variants import Variant
+
+UPDATE = "vllm::unified_mla_kv_cache_update"
+FUSED = "mla_fusion::fused_concat_and_cache_mla_rope"
+
+# All of these are in a stock graph only for the sake of RoPE and of putting the rotated query back into its buffer.
+LEFTOVERS = {
+    UPDATE,
+    "_C::rotary_embedding",
+    "vllm::flashinfer_rotary_embedding",
+    "vllm::fused_rope_unified_mla_kv_cache_update",
+    "aten::copy",
+    "aten::index",
+    "aten::slice_scatter",
+}
+
+
+def problems_of(variant: Variant, trace: Trace) -> list[str]:
+    """What is wrong with a trace of the variant; empty if nothing is."""
+    differences = [
+        difference
+        for before, after in zip(trace.before, trace.after, strict=True)
+        for difference in replay.differences(before, after)
+    ]
+    return [*_problems_before(variant, trace.before), *_problems_after(variant, trace.after), *differences]
+
+
+def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
+    ops = _count(graphs)
+    if ops[UPDATE] != NUM_LAYERS:
+        yield f"{ops[UPDATE]} cache updates before the pass, expected {NUM_LAYERS}"
+    for op in ("_C::rotary_embedding", "vllm::flashinfer_rotary_embedding"):
+        expected = NUM_LAYERS if op == variant.rope.custom_op else 0
+        if ops[op] != expected:
+            yield f"{ops[op]} x {op} before the pass, expected {expected}"
+
+
+def _problems_after(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
+    ops = _count(graphs)
+    yield from (f"left over: {ops[op]} x {op}" for op in sorted(LEFTOVERS & ops.keys()))
+    calls = [node for graph in graphs for node in graph.nodes if _op_name(node) == FUSED]
+    if len(calls) != NUM_LAYERS:
+        yield f"{len(calls)} fused calls, expected {NUM_LAYERS}"
+    for call in calls:
+        if call.target is auto_functionalized:
+            yield f"{call.name} is not in place"
+        if call.kwargs["is_neox"] is not variant.is_neox:
+            yield f"{call.name} has is_neox={call.kwargs['is_neox']}"
+        if call.kwargs["kv_cache_dtype"] != variant.cache_dtype:
+            yield f"{call.name} has kv_cache_dtype={call.kwargs['kv_cache_dtype']}"
+
+
+def _count(graphs: list[fx.Graph]) -> Counter[str | None]:
+    return Counter(_op_name(node) for graph in graphs for node in graph.nodes)
+
+
+def _op_name(node: fx.Node) -> str | None:
+    """The op that a node calls, also through auto_functionalized."""
+    target = node.args[0] if node.target is auto_functionalized else node.target
+    return target._schema.name if isinstance(target, torch._ops.OpOverload) else None

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environments of the release matrix: one venv per torch version, one unpacked vLLM wheel per release."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+TORCH_OF_RELEASE = {
+    "0.20.2": "2.11.0",
+    "0.21.0": "2.11.0",
+    "0.22.1": "2.11.0",
+    "0.23.0": "2.11.0",
+    "0.24.0": "2.11.0",
+    "0.25.1": "2.11.0",
+    "0.26.0": "2.11.0",
+    "0.27.1": "2.13.0",
+    "0.28.0": "2.13.0",
+    "0.29.0": "2.13.0",
+    "0.30.0": "2.13.0",
+    "0.31.0": "2.13.0",
+    "0.32.0": "2.13.0",
+    "0.33.0": "2.14.0",
+}
+
+# One transformers version that every release of the torch version accepts.
+TRANSFORMERS_OF_TORCH = {
+    "2.11.0": "transformers>=5.6,<5.10",
+    "2.13.0": "transformers>=5.16.1,<5.18",
+    "2.14.0": "transformers>=5.16.1,<5.21",
+}
+
+# What vLLM imports to build a model and compile it; its kernel and serving packages are left out.
+DEPENDENCIES = """
+aiohttp blake3 cachetools cbor2 cloudpickle compressed-tensors==0.17.0 depyf==0.20.0 diskcache einops
+fastapi[standard]<0.137 filelock gguf jsonschema lark==1.2.2 llguidance mistral_common msgspec ninja numpy openai openai-harmony
+partial-json-parser pillow prometheus_client protobuf psutil py-cpuinfo pybase64 pydantic python-json-logger pyzmq regex
+requests safetensors sentencepiece setproctitle setuptools tiktoken tokenizers tqdm typing_extensions watchfiles xgrammar
+""".split()
+
+# Wheels differ in their glibc tag; pip takes only the tags it is told when a target is given.
+PLATFORM_TAGS = [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)]
+
+HERE = Path(__file__).parent
+PLUGIN_ROOT = HERE.parents[1]
+
+
+def matrix_dir() -> Path:
+    """Cache of the matrix: about 6 GB per torch version and 0.15 GB per release."""
+    default = Path.home() / ".cache" / "vllm-mla-fusion-matrix"
+    return Path(os.environ.get("MLA_FUSION_MATRIX_DIR", default))
+
+
+def python_of(release: str) -> Path:
+    """Interpreter of the venv that has the release's torch and the shared dependencies."""
+    torch_version = TORCH_OF_RELEASE[release]
+    venv = matrix_dir() / f"torch-{torch_version}"
+    python = venv / "bin" / "python"
+    # `===` keeps a local build such as 2.13.0+cpu out: `_C` needs the CUDA one.
+    requirements = [f"torch==={torch_version}", TRANSFORMERS_OF_TORCH[torch_version], *DEPENDENCIES]
+    installed = venv / "requirements.txt"
+    with _lock(venv.name):
+        if not installed.exists() or installed.read_text() != "\n".join(requirements):
+            _run(sys.executable, "-m", "venv", "--without-pip", venv)
+            _pip(f"--python={python}", "install", *requirements)
+            installed.write_text("\n".join(requirements))
+    return python
+
+
+def vllm_of(release: str) -> Path:
+    """Folder with the release's stock Python files and its `_C` extension."""
+    target = matrix_dir() / f"vllm-{release}"
+    with _lock(target.name):
+        if not target.exists():
+            _unpack(_download(release), target)
+    return target
+
+
+def libcuda_stub() -> Path:
+    """Folder with a libcuda.so.1 that lets `_C` load where no driver is installed."""
+    library = matrix_dir() / "libcuda" / "libcuda.so.1"
+    with _lock("libcuda"):
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            _run("gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, HERE / "libcuda_stub.c")
+    return library.parent
+
+
+def install_plugins(site: Path) -> None:
+    """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
+    with tempfile.TemporaryDirectory() as folder:
+        # setuptools builds in the source tree and would install again what an earlier build left there.
+        source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=shutil.ignore_patterns(".*", "build", "tests"))
+        _pip("install", "--no-deps", f"--target={site}", source)
+    info = site / "pretended_cuda-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended-cuda\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\npretended_cuda = pretended_cuda:qualname\n")
+    shutil.copy(HERE / "pretended_cuda.py", site)
+
+
+def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:
+    """Environment variables of a process that runs the release with the plugin on."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MLA_FUSION"))}
+    return environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (vllm_of(release), site))),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(libcuda_stub()), environ.get("LD_LIBRARY_PATH")))),
+        "MLA_FUSION": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "VLLM_DISABLE_COMPILE_CACHE": "1",
+    }
+
+
+def _download(release: str) -> Path:
+    folder = matrix_dir() / f"download-{release}"
+    _pip("download", "--no-deps", "--no-cache-dir", *PLATFORM_TAGS, f"--dest={folder}", f"vllm=={release}")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def _unpack(wheel: Path, target: Path) -> None:
+    """Keep what importing the model needs: Python files, `_C` and one of the flash-attention extensions."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(partial, filter(_wanted, archive.namelist()))
+    partial.rename(target)
+    shutil.rmtree(wheel.parent)
+
+
+def _wanted(name: str) -> bool:
+    path = Path(name)
+    extension = path.name.startswith(("_C.", "_C_stable", "_vllm_fa3_C"))
+    return extension or path.suffix in {".py", ".json"} or ".dist-info" in path.parts[0]
+
+
+def _lock(name: str) -> FileLock:
+    matrix_dir().mkdir(parents=True, exist_ok=True)
+    return FileLock(matrix_dir() / f"{name}.lock")
+
+
+def _pip(*arguments: str | Path) -> None:
+    _run(sys.executable, "-m", "pip", "--quiet", *arguments)
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run([str(part) for part in command], check=True)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a graph on the CPU, with plain torch code for vLLM's and the plugin's ops, to see that a pass kept its meaning.
+
+Everything is float32, so that two graphs that differ in rounding only give the same numbers.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from tests.versions.stock_model import HF_CONFIG
+from tests.versions.tracing import NUM_TOKENS
+
+V_HEAD_DIM = HF_CONFIG["v_head_dim"]
+POOL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+
+
+def differences(before: fx.Graph, after: fx.Graph) -> Iterator[str]:
+    """What the two graphs return or write to the KV cache differently."""
+    expected, actual = _Replay(before), _Replay(after)
+    inputs = [_input(*numbered) for numbered in enumerate(before.find_nodes(op="placeholder"))]
+    with torch.no_grad():
+        outputs = zip(expected.run(*inputs), actual.run(*inputs), strict=True)
+    for index, (wanted, found) in enumerate(outputs):
+        # An empty output only carries the order of cache write and attention; the pass may put anything there.
+        if wanted.numel() > 0 and not _close(wanted, found):
+            yield f"output {index} has other values"
+    if len(expected.writes) != len(actual.writes):
+        yield f"{len(actual.writes)} cache writes, {len(expected.writes)} without the pass"
+    for wanted, found in zip(expected.writes, actual.writes, strict=False):
+        yield from (f"{name} of a cache write differs" for name in wanted if not _close(wanted[name], found[name]))
+
+
+def _close(wanted: Any, found: Any) -> bool:
+    if not isinstance(wanted, torch.Tensor):
+        return wanted == found
+    return wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-3, atol=1e-3)
+
+
+class _Replay(fx.Interpreter):
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule({}, graph))
+        self.writes: list[dict[str, Any]] = []
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is auto_functionalized:
+            return self._functional(args[0], kwargs)
+        stand_in = getattr(self, f"_{target._schema.name.split('::')[1]}", None) if _is_op(target) else None
+        if stand_in is not None:
+            return stand_in(*args, **kwargs)
+        if target is torch.ops.prims.convert_element_type.default:
+            return args[0]
+        if target is torch.ops.aten.empty.memory_format:
+            return torch.zeros(args[0])
+        return super().call_function(target, args, kwargs)
+
+    def _functional(self, op: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """An in-place op on copies of what it mutates, which become its results."""
+        mutated = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        copies = {name: kwargs[name].clone() for name in mutated if kwargs.get(name) is not None}
+        result = self.call_function(op, (), kwargs | copies)
+        return result, *(copies.get(name) for name in mutated)
+
+    # One method for each op that has no CPU implementation, named as the op and with the names of its arguments.
+
+    def _min_latency_fused_qkv_a_proj(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return input @ weight.T
+
+    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * weight
+
+    def _rotary_embedding(
+        self,
+        positions: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        head_size: int,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        rope_dim_offset: int = 0,
+        inverse: bool = False,
+    ) -> None:
+        assert rope_dim_offset == 0
+        assert not inverse
+        for heads in (query, key):
+            heads.copy_(_rotated(heads, positions, cos_sin_cache, is_neox))
+
+    _flashinfer_rotary_embedding = _rotary_embedding
+
+    def _unified_mla_kv_cache_update(
+        self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, kv_cache_dtype: str, k_scale: torch.Tensor
+    ) -> torch.Tensor:
+        self._write(kv_c_normed, k_pe, layer_name, kv_cache_dtype, k_scale)
+        return torch.empty(0)
+
+    def _fused_concat_and_cache_mla_rope(
+        self,
+        positions: torch.Tensor,
+        q_pe: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_c: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        is_neox: bool,
+        kv_cache_dtype: str,
+        kv_cache_scale: torch.Tensor,
+        layer_name: Any,
+    ) -> torch.Tensor:
+        q_pe.copy_(_rotated(q_pe, positions, cos_sin_cache, is_neox))
+        k_pe_out = _rotated(k_pe.view(NUM_TOKENS, 1, -1), positions, cos_sin_cache, is_neox)
+        self._write(kv_c, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
+        return k_pe_out
+
+    def _unified_mla_attention_with_output(
+        self, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, output: torch.Tensor, **_: Any
+    ) -> None:
+        """Not attention, but something that depends on every element that attention reads."""
+        mixed = q[..., :V_HEAD_DIM] + q[..., -V_HEAD_DIM:] + k_pe.sum(-1, keepdim=True) + kv_c_normed.sum()
+        output.copy_(mixed.reshape(output.shape))
+
+    def _write(self, kv_c: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, dtype: str, scale: torch.Tensor) -> None:
+        values = {"kv_c": kv_c.clone(), "k_pe": k_pe.clone(), "scale": scale}
+        self.writes.append(values | {"layer_name": layer_name, "dtype": dtype})
+
+
+def _is_op(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+
+
+def _input(index: int, placeholder: fx.Node) -> Any:
+    """A value for the graph's input of this number."""
+    value = placeholder.meta.get("val")
+    if isinstance(value, (int, torch.SymInt)):
+        return NUM_TOKENS
+    if not isinstance(value, torch.Tensor):
+        return placeholder.name
+    shape = [size if isinstance(size, int) else NUM_TOKENS for size in value.shape]
+    if not value.dtype.is_floating_point:
+        return torch.arange(NUM_TOKENS) * 3 + 1
+    start, numel = index * 7919, torch.Size(shape).numel()
+    scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0  # keeps products with weights near one
+    return (POOL * scale).repeat((start + numel) // len(POOL) + 1)[start : start + numel].view(shape)
+
+
+def _rotated(heads: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> torch.Tensor:
+    """RoPE of `heads` [num_tokens, num_heads, rot_dim] as complex numbers."""
+    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)
+    pairs = heads.unflatten(-1, (2, -1)).transpose(-1, -2) if is_neox else heads.unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    return (turned.transpose(-1, -2) if is_neox else turned).flatten(-2)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs vLLM's own compilation of a model and records each graph before and after its pass manager."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vllm.compilation import backends, compiler_interface
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+
+NUM_TOKENS = 7
+
+
+@dataclass
+class Trace:
+    """What one compilation produced: the pass manager that ran and its graphs, in the order of the model."""
+
+    pass_managers: list[Any] = field(default_factory=list)
+    before: list[torch.fx.Graph] = field(default_factory=list)
+    after: list[torch.fx.Graph] = field(default_factory=list)
+    complete: bool = False
+
+
+class _Recorded(Exception):
+    """Ends a compilation after the post-grad passes: what follows needs a GPU."""
+
+
+class _Recorder(CustomGraphPass):
+    def __init__(self, pass_manager: Any, trace: Trace) -> None:
+        self.pass_manager = pass_manager
+        self.trace = trace
+        trace.pass_managers.append(pass_manager)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.trace.before.append(_copy(graph))
+        self.pass_manager(graph)
+        self.trace.after.append(_copy(graph))
+        raise _Recorded
+
+    def uuid(self) -> Any:
+        return self.pass_manager.uuid()
+
+
+def trace_compilation(model: torch.nn.Module, config: VllmConfig, mode: FakeTensorMode) -> Trace:
+    """Compile `model` as the first forward of a worker does, with fake tensors, and stop before code generation."""
+    trace = Trace()
+    hidden_size = config.model_config.hf_config.hidden_size
+    with _recording(trace), mode, set_forward_context(None, config), torch.no_grad():
+        positions = torch.zeros(NUM_TOKENS, dtype=torch.int64, device="cuda")
+        hidden_states = torch.zeros(NUM_TOKENS, hidden_size, dtype=torch.bfloat16, device="cuda")
+        try:
+            model(positions, hidden_states)
+        except Exception:
+            if not trace.complete:
+                raise
+    return trace
+
+
+@contextmanager
+def _recording(trace: Trace) -> Iterator[None]:
+    stock_configure = backends.VllmBackend.configure_post_pass
+    stock_call = backends.VllmBackend.__call__
+
+    def configure_post_pass(backend: Any) -> None:
+        stock_configure(backend)
+        backend.inductor_config[backend.pass_key] = _Recorder(backend.inductor_config[backend.pass_key], trace)
+
+    def call(backend: Any, *args: Any, **kwargs: Any) -> None:
+        stock_call(backend, *args, **kwargs)
+        trace.complete = True
+        raise _Recorded
+
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(backends.VllmBackend, "configure_post_pass", configure_post_pass))
+        stack.enter_context(patch.object(backends.VllmBackend, "__call__", call))
+        for adaptor in (compiler_interface.InductorAdaptor, compiler_interface.InductorStandaloneAdaptor):
+            stack.enter_context(patch.object(adaptor, "compile", _stopping(adaptor.compile)))
+        yield
+
+
+def _stopping(stock_compile: Callable[..., Any]) -> Callable[..., Any]:
+    def compile_until_recorded(*args: Any, **kwargs: Any) -> tuple[Callable[..., None], None]:
+        try:
+            stock_compile(*args, **kwargs)
+        except Exception as error:
+            if not _caused_by_recording(error):
+                raise
+        return (lambda *_: None), None
+
+    return compile_until_recorded
+
+
+def _caused_by_recording(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, _Recorded):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _copy(graph: torch.fx.Graph) -> torch.fx.Graph:
+    copy = torch.fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy

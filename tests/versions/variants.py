@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is traced on every release: each form in which a stock MLA layer reaches the pass."""
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "V2-Lite": {"hidden_size": 2048, "num_attention_heads": 16, "q_lora_rank": None},
+    "V3": {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536},
+}
+
+YARN = {
+    "rope_type": "deepseek_yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A RoPE of the model and the form in which vLLM puts it into the graph."""
+
+    name: str
+    parameters: dict[str, Any]
+    custom_op: str | None = None
+
+
+ROPES = (
+    Rope("default native", {"rope_type": "default", "rope_theta": 10000.0}),
+    Rope("default _C op", {"rope_type": "default", "rope_theta": 10000.0}, "_C::rotary_embedding"),
+    Rope("YaRN native", YARN),
+    Rope("YaRN FlashInfer op", YARN, "vllm::flashinfer_rotary_embedding"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    geometry: str
+    rope: Rope
+    is_neox: bool
+    cache_dtype: str
+    inductor_partition: bool = False
+
+    def __str__(self) -> str:
+        pairing = "neox" if self.is_neox else "GPT-J"
+        partition = "Inductor partition" if self.inductor_partition else "Dynamo partition"
+        return f"{self.geometry}, {self.rope.name}, {pairing}, cache {self.cache_dtype}, {partition}"
+
+
+def all_variants() -> list[Variant]:
+    """Every combination under vLLM's default partition, and every RoPE form under Inductor's partition."""
+    default = [Variant(*axes) for axes in product(GEOMETRIES, ROPES, (False, True), ("auto", "fp8"))]
+    return default + [Variant("V3", rope, False, "auto", inductor_partition=True) for rope in ROPES]
