@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from vllm_mla_fusion.build import BuildError, Target
 
 CPU = Target("cpu")
 FORK = multiprocessing.get_context("fork")
+REAL_CSRC = build.csrc_dir()
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 
 
@@ -496,3 +498,62 @@ def test_child_finds_what_this_process_finds(tmp_path):
     environment = compiling._child_environment(tmp_path, CPU, toolchain.find_toolchain("cpu"))
     assert environment["PYTHONPATH"].split(os.pathsep) == [os.path.abspath(path) for path in sys.path if path]
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# ---- ROCm without ROCm ----------------------------------------------------------------------------------------------
+
+PRETEND_ROCM = """
+import os
+if "ROCM_HOME" in os.environ:
+    import torch
+    torch.version.hip = "6.4.0"
+    torch.cuda._is_compiled = lambda: True
+"""
+# Checks that it gets the hipified kernel for both architectures, then compiles a stand-in of its two functions.
+PRETEND_HIPCC = r"""#!/bin/bash -e
+[ "$1" = --version ] && echo "HIP version: 6.4.0" && exit
+[[ "$*" == *--offload-arch=gfx942*--offload-arch=gfx950* ]]
+while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; [ "$1" = -c ] && in=$2; shift; done
+grep -q '#include <hip/hip_runtime.h>' $in
+! grep -q '[^a-z]cuda[A-Z]' $in
+g++ -x c++ -fPIC -I$(dirname $in) -c - -o $out <<'END'
+#include "mla_rope_cache.h"
+namespace mla_fusion {
+int launch_gpu(const Params&, void*) { return 1; }
+const char* gpu_error_name(int) { return "none"; }
+}
+END
+"""
+
+
+def test_rocm_build_hipifies_a_copy(tmp_path, monkeypatch):
+    """The real csrc/ through torch's hipify and ROCm rules; hipcc and the ROCm libraries are stand-ins."""
+    rocm = tmp_path / "rocm"
+    for folder in ("bin", "lib", "site"):
+        (rocm / folder).mkdir(parents=True)
+    (rocm / "site/sitecustomize.py").write_text(PRETEND_ROCM)
+    (rocm / "bin/hipcc").write_text(PRETEND_HIPCC)
+    (rocm / "bin/hipcc").chmod(0o755)
+    for name in ("amdhip64", "c10_hip", "torch_hip"):
+        library = [
+            "g++",
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            f"{rocm}/lib/lib{name}.so",
+            f"-Wl,-soname,lib{name}.so",
+        ]
+        code = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 0; }'
+        subprocess.run(library, input=code if name == "torch_hip" else "", text=True, check=True)
+    monkeypatch.syspath_prepend(str(rocm / "site"))
+    monkeypatch.setenv("ROCM_HOME", str(rocm))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(rocm / "lib"))
+    for module in (build, compiling):
+        monkeypatch.setattr(module, "csrc_dir", lambda: REAL_CSRC)
+    before = sorted(REAL_CSRC.rglob("*"))
+    library = build.build(Target("rocm", ("gfx942", "gfx950")))
+    assert sorted(REAL_CSRC.rglob("*")) == before
+    assert "Total number of unsupported CUDA function calls: 0" in (library.parent / "build.log").read_text()

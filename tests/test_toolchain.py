@@ -81,7 +81,7 @@ def test_a_broken_cuda_home_gives_way_and_every_reason_is_told(tmp_path, monkeyp
     message = str(failure.value)
     assert "nowhere): has no bin/nvcc" in message
     assert "is CUDA 12, torch is built for CUDA 13.0" in message
-    assert "pip install 'cuda-toolkit[nvcc,cccl,cudart]==13.0.*'" in message
+    assert "pip install -U 'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'" in message
     fitting = toolkit(tmp_path / "cuda-13")
     (tmp_path / "bin/nvcc").symlink_to(fitting / "bin/nvcc")
     assert find_cuda("13.0").home == fitting
@@ -93,6 +93,17 @@ def test_pip_toolkit_gets_its_two_fixes(tmp_path):
     (flag,) = compiling._runtime_link(tmp_path, tools)
     assert (Path(flag.removeprefix("-L")) / "libcudart.so").resolve() == home / "lib/libcudart.so.13"
     assert compiling._toolkit_flags(tools) == ["-ccbin=/usr/bin/g++", "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]
+
+
+def test_pip_parts_that_do_not_fit_together(tmp_path, monkeypatch):
+    versions = {"nvidia-cuda-nvcc": "13.0.88", "nvidia-nvvm": "13.5.37", "nvidia-cuda-crt": "13.5.37"}
+    home = toolkit(tmp_path / "cu13", libcudart="lib/libcudart.so.13")
+    monkeypatch.setattr(toolchain, "_wheel_files", lambda distribution: [home / "bin/nvcc"])
+    monkeypatch.setattr(toolchain, "_wheel_version", versions.get)
+    with pytest.raises(BuildError, match=r"do not fit together: nvidia-cuda-nvcc 13\.0\.88, nvidia-nvvm 13\.5\.37"):
+        find_cuda("13.0")
+    versions["nvidia-cuda-nvcc"] = "13.5.40"
+    assert find_cuda("13.0").home == home
 
 
 def test_a_system_toolkit_needs_no_fixes(tmp_path):

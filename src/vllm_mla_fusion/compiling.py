@@ -43,7 +43,12 @@ HIP_FLAGS = (
     "-U__HIP_NO_HALF_OPERATORS__",
     "-U__HIP_NO_HALF_CONVERSIONS__",
 )
-BACKEND_DEFINES = {"cpu": (), "cuda": ("-DMLA_FUSION_GPU", "-DUSE_CUDA"), "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM")}
+# USE_CUDA on ROCm too: torch declares its C function for the current stream, one name for both, under that macro only.
+BACKEND_DEFINES = {
+    "cpu": (),
+    "cuda": ("-DMLA_FUSION_GPU", "-DUSE_CUDA"),
+    "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM", "-DUSE_CUDA"),
+}
 LINK_FLAGS = ("-Wl,--as-needed",)
 
 
@@ -59,7 +64,7 @@ def csrc_dir() -> Path:
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parents[1] / "csrc"):
-        if folder.is_dir():
+        if any(folder.glob("*.cpp")):
             return folder
     raise BuildError(f"The kernel sources are missing from {package}.", "pip install --force-reinstall vllm-mla-fusion")
 

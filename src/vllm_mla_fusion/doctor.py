@@ -173,16 +173,16 @@ def _cache() -> Iterator[Check]:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if existing == root:
         cache.check_private(root)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        status: Literal["note", "problem"] = "note" if _built(target.detect_target()) else "problem"
-        yield Check("cache", status, f"{existing} cannot be written", cache.OTHER_DIR)
-        return
+    # A finished kernel needs no room and no permission to write.
+    status: Literal["note", "problem"] = "note" if _built(target.detect_target()) else "problem"
     free = shutil.disk_usage(existing).free // 2**20
-    if free < cache.BUILD_MEGABYTES:
-        remedy = "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk."
-        yield Check("cache", "problem", f"{root}: only {free} MB free, a build takes {cache.BUILD_MEGABYTES}", remedy)
-        return
-    yield Check("cache", "ok", f"{root}{'' if existing == root else ' (not created yet)'}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield Check("cache", status, f"{existing} cannot be written", cache.OTHER_DIR)
+    elif free < cache.BUILD_MEGABYTES:
+        detail = f"{root}: only {free} MB free, a build takes up to {cache.BUILD_MEGABYTES}"
+        yield Check("cache", status, detail, "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk.")
+    else:
+        yield Check("cache", "ok", f"{root}{'' if existing == root else ' (not created yet)'}")
 
 
 def _kernel() -> Iterator[Check]:
