@@ -6,8 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "mla_rope_cache.h"
 
@@ -19,12 +20,13 @@ using torch::headeronly::ScalarType;
 // Tokens below which one thread is faster than several.
 constexpr int64_t kCpuGrain = 8;
 
+// No iostreams: where a toolchain links libstdc++ statically, two copies of its locales meet and number output crashes.
+std::string text(std::string_view part) { return std::string(part); }
+std::string text(int64_t part) { return std::to_string(part); }
+
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  message << "mla_fusion::concat_and_cache_mla_rope_fused: ";
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::runtime_error("mla_fusion::concat_and_cache_mla_rope_fused: " + (text(parts) + ...));
 }
 
 std::string dtype_name(ScalarType type) {
@@ -51,20 +53,18 @@ std::string dtype_name(ScalarType type) {
 }
 
 std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+  std::string sizes;
+  for (int64_t i = 0; i < tensor.dim(); ++i) sizes += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return "[" + sizes + "]";
 }
 
 void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> accepted) {
-  std::ostringstream expected;
+  std::string expected;
   for (const ScalarType type : accepted) {
     if (tensor.scalar_type() == type) return;
-    expected << (expected.tellp() > 0 ? " or " : "") << dtype_name(type);
+    expected += (expected.empty() ? "" : " or ") + dtype_name(type);
   }
-  fail(name, " must have dtype ", expected.str(), ", got ", dtype_name(tensor.scalar_type()), "; convert it before the call");
+  fail(name, " must have dtype ", expected, ", got ", dtype_name(tensor.scalar_type()), "; convert it before the call");
 }
 
 // kAny matches every size.
@@ -73,13 +73,16 @@ constexpr int64_t kAny = -1;
 void check_shape(const char* name, const Tensor& tensor, const char* meaning, std::initializer_list<int64_t> expected) {
   bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
   int64_t axis = 0;
-  std::ostringstream sizes;
   for (const int64_t size : expected) {
-    sizes << (axis ? ", " : "") << (size == kAny ? std::string("any") : std::to_string(size));
     matches = matches && (size == kAny || tensor.size(axis) == size);
     ++axis;
   }
-  if (!matches) fail(name, " must be ", meaning, " = [", sizes.str(), "], got ", shape_text(tensor));
+  if (matches) return;
+  std::string sizes;
+  for (const int64_t size : expected) {
+    sizes += (sizes.empty() ? "" : ", ") + (size == kAny ? std::string("any") : std::to_string(size));
+  }
+  fail(name, " must be ", meaning, " = [", sizes, "], got ", shape_text(tensor));
 }
 
 void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
@@ -91,8 +94,10 @@ void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& q_pe) {
   if (tensor.is_cpu() == q_pe.is_cpu() && tensor.get_device_index() == q_pe.get_device_index()) return;
-  const auto text = [](const Tensor& t) { return t.is_cpu() ? std::string("cpu") : "gpu " + std::to_string(t.get_device_index()); };
-  fail(name, " must be on the device of q_pe (", text(q_pe), "), got ", text(tensor), "; move it before the call");
+  const auto device_name = [](const Tensor& t) {
+    return t.is_cpu() ? std::string("cpu") : "gpu " + std::to_string(t.get_device_index());
+  };
+  fail(name, " must be on the device of q_pe (", device_name(q_pe), "), got ", device_name(tensor), "; move it before the call");
 }
 
 ActType act_type_of(const Tensor& q_pe) {

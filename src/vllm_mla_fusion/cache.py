@@ -16,6 +16,7 @@ from vllm_mla_fusion.build_error import BuildError
 OTHER_DIR = "Set MLA_FUSION_CACHE_DIR to a directory that you own and others cannot write."
 WORK_DIRS = ".build-"
 WAIT_NOTICE_SECONDS = 30.0
+BUILD_MEGABYTES = 20
 
 
 def cache_dir() -> Path:

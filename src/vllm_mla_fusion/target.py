@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What to build for: found without initialising CUDA or HIP in this process."""
 
+import contextlib
 import ctypes
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,7 @@ from vllm_mla_fusion.build_error import BuildError
 
 Backend = Literal["cpu", "cuda", "rocm"]
 
+AMDGPU_VERSION = Path("/sys/module/amdgpu/version")
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -132,17 +135,25 @@ def _select(gpus: list[Gpu], visible: str | None) -> list[Gpu]:
 
 def _nvml_gpus() -> list[Gpu]:
     """All NVIDIA GPUs by NVML, which needs no CUDA context; empty without a driver."""
+    with _nvml() as nvml:
+        count = ctypes.c_uint()
+        if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return []
+        return [gpu for index in range(count.value) if (gpu := _nvml_gpu(nvml, index))]
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[ctypes.CDLL | None]:
+    """The initialised NVML library; None without a driver."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return []
-    if nvml.nvmlInit_v2() != 0:
-        return []
+        nvml = None
+    if nvml is None or nvml.nvmlInit_v2() != 0:
+        yield None
+        return
     try:
-        count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return []
-        return [gpu for index in range(count.value) if (gpu := _nvml_gpu(nvml, index))]
+        yield nvml
     finally:
         nvml.nvmlShutdown()
 
@@ -174,16 +185,11 @@ def _kfd_gpus() -> list[Gpu]:
     return gpus
 
 
-def nvidia_driver_version() -> str | None:
-    """The NVIDIA driver's version by NVML; None without a driver."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
+def driver_version(backend: Backend) -> str | None:
+    """The GPU driver's version; None if there is none or it does not say."""
+    if backend == "rocm":
+        return AMDGPU_VERSION.read_text().strip() if AMDGPU_VERSION.exists() else None
+    with _nvml() as nvml:
         version = ctypes.create_string_buffer(80)
-        return version.value.decode() if nvml.nvmlSystemGetDriverVersion(version, 80) == 0 else None
-    finally:
-        nvml.nvmlShutdown()
+        known = nvml is not None and nvml.nvmlSystemGetDriverVersion(version, 80) == 0
+    return version.value.decode() if known else None

@@ -59,12 +59,8 @@ class Toolchain:
         return found
 
 
-def find_toolchain(backend: Backend, torch_cuda: str | None) -> Toolchain:
-    """Finds the tools of a build.
-
-    Args:
-        backend: What is built.
-        torch_cuda: ``torch.version.cuda``, such as ``"13.0"``.
+def find_toolchain(backend: Backend) -> Toolchain:
+    """Finds the tools of a build for ``backend``.
 
     Raises:
         BuildError: One is missing; says where it was looked for and how to get it.
@@ -75,9 +71,7 @@ def find_toolchain(backend: Backend, torch_cuda: str | None) -> Toolchain:
         raise BuildError(f"No C++ compiler found ({tried}).", CXX_REMEDY)
     if ninja is None:
         raise BuildError("ninja was found neither on PATH nor beside this Python.", NINJA_REMEDY)
-    if backend == "cuda":
-        return Toolchain(cxx, ninja, find_cuda(torch_cuda or ""))
-    return Toolchain(cxx, ninja, find_rocm() if backend == "rocm" else None)
+    return Toolchain(cxx, ninja, None if backend == "cpu" else find_toolkit(backend))
 
 
 def find_cxx() -> str | None:
@@ -97,6 +91,17 @@ def find_ninja() -> Path | None:
     if os.access(beside_python, os.X_OK):
         return beside_python
     return next((path for path in _wheel_files("ninja") if path.name == "ninja" and os.access(path, os.X_OK)), None)
+
+
+def find_toolkit(backend: Backend) -> Toolkit:
+    """CUDA toolkit or ROCm for the installed torch.
+
+    Raises:
+        BuildError: None is usable.
+    """
+    import torch
+
+    return find_rocm() if backend == "rocm" else find_cuda(torch.version.cuda or "")
 
 
 def find_cuda(torch_cuda: str) -> Toolkit:

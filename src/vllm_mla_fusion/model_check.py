@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tells from a model's config.json alone whether it has MLA layers and whether they would fuse."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+DSA = (
+    "its sparse attention (DSA, index_topk) puts the indexer between RoPE and the KV-cache write, "
+    "or writes the cache by a fused kernel of its own"
+)
+NOPE = "its MLA layers use no RoPE, so there is nothing to fuse with the KV-cache write"
+OWN_WRITER = "its attention writes the KV cache by kernels of its own, in a layout of its own"
+NO_MLA_IN_VLLM = "it has kv_lora_rank, but vLLM runs it with ordinary attention instead of MLA"
+
+# model_type of the text config -> why vLLM's layers of that model cannot fuse.
+STOCK_BECAUSE = {
+    "deepseek_v32": DSA,
+    "glm_moe_dsa": DSA,
+    "deepseek_v4": OWN_WRITER,
+    "deepseek_v41": OWN_WRITER,
+    "dots3_note": OWN_WRITER,
+    "hy_v4": OWN_WRITER,
+    "kimi_linear": NOPE,
+    "kimi_k3": NOPE,
+    "glm5_next": NOPE,
+    "glm5_next_text": NOPE,
+    "minicpm3": NO_MLA_IN_VLLM,
+}
+FUSES = {
+    "axk1",
+    "bailing_hybrid",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe_lite",
+    "kimi_k2",
+    "longcat_flash",
+    "longcat_flash_ngram",
+    "pangu_ultra_moe",
+    "sarvam_mla",
+}
+TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
+
+
+class ConfigNotFoundError(FileNotFoundError):
+    """There is no config.json for the model on this machine."""
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What a config says.
+
+    Args:
+        model_type: ``model_type`` of the (text) config.
+        has_mla: Whether vLLM runs it with MLA layers.
+        fuses: ``"yes"``, ``"no"``, or ``"unknown"`` for a model type that was never looked at.
+        detail: Geometry if it fuses, else the reason.
+    """
+
+    model_type: str
+    has_mla: bool
+    fuses: Literal["yes", "no", "unknown"]
+    detail: str
+
+
+def find_config(model: str) -> Path:
+    """config.json of a directory, a file, or a model in the local Hugging Face cache. Never asks the network.
+
+    Raises:
+        ConfigNotFoundError: It is nowhere on this machine.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return path / "config.json"
+        raise ConfigNotFoundError(f"{path} has no config.json.")
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise ConfigNotFoundError(f"No directory {model}, and huggingface_hub is not installed.") from None
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:
+        cached = None
+    if not isinstance(cached, str):
+        raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
+    return Path(cached)
+
+
+def check_model(model: str) -> ModelCheck:
+    """Reads the model's config and judges it.
+
+    Raises:
+        ConfigNotFoundError: See `find_config`.
+        ValueError: The file is no JSON object.
+    """
+    path = find_config(model)
+    config = json.loads(path.read_text())
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return judge(next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config))
+
+
+def judge(config: dict[str, Any]) -> ModelCheck:
+    """Judges the config of the language model."""
+    model_type = str(config.get("model_type", "unknown"))
+    reason = STOCK_BECAUSE.get(model_type)
+    rank, rope_dim = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
+    if reason == NO_MLA_IN_VLLM:
+        return ModelCheck(model_type, False, "no", reason)
+    if not rank and reason is None:
+        return ModelCheck(model_type, False, "no", "no MLA layers: the config has no kv_lora_rank")
+    if reason is None and config.get("index_topk"):
+        reason = DSA
+    if reason is None and not rope_dim:
+        reason = NOPE
+    if reason:
+        return ModelCheck(model_type, True, "no", reason)
+    geometry = f"kv_lora_rank {rank}, qk_rope_head_dim {rope_dim}, {_layers(config, model_type)}"
+    if model_type not in FUSES:
+        detail = f"{geometry}; model type not known to this version: start it with MLA_FUSION=1 and read its report"
+        return ModelCheck(model_type, True, "unknown", detail)
+    return ModelCheck(model_type, True, "yes", geometry)
+
+
+def _layers(config: dict[str, Any], model_type: str) -> str:
+    count = config.get("num_hidden_layers") or config.get("num_layers")
+    if not isinstance(count, int):
+        return "number of layers not in the config"
+    if model_type.startswith("longcat_flash"):
+        return f"{2 * count} MLA layers (2 in each of {count} blocks)"
+    if model_type == "bailing_hybrid":
+        return f"some of {count} layers are MLA"
+    return f"{count} MLA layers"

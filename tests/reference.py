@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of the kernel in the layouts that vLLM gives it, and an independent float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of sizes and layouts. `num_slots`: None is num_tokens; `padding`: every n-th slot is -1."""
+
+    name: str
+    num_tokens: int
+    num_heads: int
+    rot_dim: int = 64
+    lora_rank: int = 512
+    nope_dim: int = 128
+    kv_extra: int = 0  # columns of the qkv_a output before kv_c (q_lora_rank)
+    block_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    cos_sin_dtype: torch.dtype | None = None
+    kv_cache_dtype: str = "auto"
+    is_neox: bool = False
+    num_slots: int | None = None
+    padding: int = 0
+    row_pad: int = 0  # unused cache elements behind each row
+    block_pad: int = 0  # unused cache elements behind each block
+    q_shift: int = 0  # elements by which q_pe is moved off its alignment
+    positions_dtype: torch.dtype = torch.int64
+    scale: float = 0.37
+
+    def but(self, **changes) -> Case:
+        return replace(self, name="-".join([self.name, *(f"{key}={value}" for key, value in changes.items())]), **changes)
+
+
+@dataclass
+class Inputs:
+    """Arguments of `concat_and_cache_mla_rope_fused`, by name; `cache_storage` is the memory that kv_cache views."""
+
+    positions: torch.Tensor
+    q_pe: torch.Tensor
+    k_pe: torch.Tensor
+    kv_c: torch.Tensor
+    cos_sin_cache: torch.Tensor
+    is_neox: bool
+    slot_mapping: torch.Tensor
+    kv_cache: torch.Tensor
+    kv_cache_dtype: str
+    kv_cache_scale: torch.Tensor
+    k_pe_out: torch.Tensor
+    cache_storage: torch.Tensor
+    query: torch.Tensor
+
+    def args(self) -> tuple:
+        names = list(self.__dataclass_fields__)[:11]
+        return tuple(getattr(self, name) for name in names)
+
+    def clone(self) -> Inputs:
+        query = self.query.clone()
+        storage = self.cache_storage.clone()
+        return replace(
+            self,
+            query=query,
+            q_pe=query.as_strided(self.q_pe.shape, self.q_pe.stride(), self.q_pe.storage_offset()),
+            cache_storage=storage,
+            kv_cache=storage.as_strided(self.kv_cache.shape, self.kv_cache.stride(), self.kv_cache.storage_offset()),
+            k_pe_out=self.k_pe_out.clone(),
+        )
+
+
+def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Strided views, shuffled slots, poisoned outputs and random bytes in the cache."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype).to(device)
+
+    num_tokens, width = case.num_tokens, case.lora_rank + case.rot_dim
+    head_dim = case.nope_dim + case.rot_dim
+    query = randn(num_tokens * case.num_heads * head_dim + case.q_shift)
+    heads = query[case.q_shift :].view(num_tokens, case.num_heads, head_dim)
+    qkv_a = randn(num_tokens, case.kv_extra + width)
+    max_position = 4 * num_tokens + 8
+    angles = torch.rand(max_position, case.rot_dim // 2, generator=generator) * 6.3
+    cos_sin = torch.cat([angles.cos(), angles.sin()], -1) * 1.1
+    positions = torch.randint(max_position, (num_tokens,), generator=generator, dtype=case.positions_dtype)
+
+    num_slots = num_tokens if case.num_slots is None else case.num_slots
+    num_blocks = num_slots // case.block_size + 3
+    slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:num_slots]
+    if case.padding:
+        slots[:: case.padding] = -1
+    cache_dtype = torch.uint8 if case.kv_cache_dtype in FP8 else case.dtype
+    row_stride = width + case.row_pad
+    block_stride = case.block_size * row_stride + case.block_pad
+    storage = torch.randint(0, 256, (num_blocks * block_stride * cache_dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    storage = storage.to(device).view(cache_dtype)
+    return Inputs(
+        positions=positions.to(device),
+        q_pe=heads[..., case.nope_dim :],
+        k_pe=qkv_a[:, case.kv_extra + case.lora_rank :].unsqueeze(1),
+        kv_c=qkv_a[:, case.kv_extra : case.kv_extra + case.lora_rank],
+        cos_sin_cache=cos_sin.to(case.cos_sin_dtype or case.dtype).to(device),
+        is_neox=case.is_neox,
+        slot_mapping=slots.to(device),
+        kv_cache=storage.as_strided((num_blocks, case.block_size, width), (block_stride, row_stride, 1)),
+        kv_cache_dtype=case.kv_cache_dtype,
+        kv_cache_scale=torch.tensor(case.scale, device=device),
+        k_pe_out=torch.full((num_tokens, 1, case.rot_dim), float("nan"), dtype=case.dtype, device=device),
+        cache_storage=storage,
+        query=query,
+    )
+
+
+def rotate(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """RoPE in float64; x is [num_tokens, heads, rot_dim]."""
+    angles = inputs.cos_sin_cache.double()[inputs.positions.long()].unsqueeze(1)
+    cos, sin = angles.chunk(2, -1)
+    x = x.double()
+    if inputs.is_neox:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+    out = torch.empty_like(x)
+    a, b = x[..., 0::2], x[..., 1::2]
+    out[..., 0::2] = a * cos - b * sin
+    out[..., 1::2] = a * sin + b * cos
+    return out
+
+
+def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Values as the cache stores them; fp8 as bytes."""
+    if inputs.kv_cache_dtype not in FP8:
+        return x
+    target = FP8[inputs.kv_cache_dtype]
+    limit = torch.finfo(target).max
+    return (x.float() / inputs.kv_cache_scale).clamp(-limit, limit).to(target).view(torch.uint8)
+
+
+def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor) -> torch.Tensor:
+    """The cache's memory after the write, given the rotated key; `inputs` as they were before the call."""
+    storage = inputs.cache_storage.clone()
+    cache = storage.as_strided(inputs.kv_cache.shape, inputs.kv_cache.stride())
+    rows = quantise(torch.cat([inputs.kv_c, k_pe_out.squeeze(1)], -1)[: len(inputs.slot_mapping)], inputs)
+    for slot, row in zip(inputs.slot_mapping.tolist(), rows, strict=True):
+        if slot >= 0:
+            cache[slot // cache.shape[1], slot % cache.shape[1]] = row
+    return storage
+
+
+def assert_within_one_rounding(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """`actual` is `exact` rounded once to its dtype, give or take float32 arithmetic before the rounding."""
+    assert torch.isfinite(actual).all()
+    error = (actual.double() - exact).abs()
+    # Half a unit in the last place of the result, and float32's error relative to what was added up.
+    allowed = exact.abs() * torch.finfo(actual.dtype).eps * 0.5 + exact.abs().clamp(min=1.0) * 4e-6
+    worst = (error - allowed).max() if error.numel() else torch.zeros(())
+    assert worst <= 0, f"off by {worst:.3e} more than one rounding"

