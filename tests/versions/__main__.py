@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.versions import environments, matrix
+from . import environments, matrix
 
 
 def main() -> int:

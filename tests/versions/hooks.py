@@ -15,8 +15,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from tests.versions.stock_model import NUM_LAYERS
 from vllm_mla_fusion import compat, plugin, report
+
+from .stock_model import NUM_LAYERS
 
 BLOCKS, BLOCK_SIZE = 4, 64
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.versions import environments
-from tests.versions.variants import ROPES, all_variants
+from . import environments
+from .variants import ROPES, all_variants
 
 HOOKS = "hooks"
 

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.plugins import load_general_plugins
 
-from tests.versions.variants import Variant, all_variants
+from .variants import Variant, all_variants
 
 
 def main() -> None:
@@ -38,14 +38,15 @@ def _load_plugin() -> None:
 
 
 def _hook_problems() -> Iterable[str]:
-    from tests.versions import hooks
+    from . import hooks
 
     return hooks.problems()
 
 
 def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
-    from tests.versions import graphs, hooks, stock_model, tracing
     from vllm_mla_fusion import compat, report
+
+    from . import graphs, hooks, stock_model, tracing
 
     report._layers.clear()
     report._left_alone.clear()

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.rotary_embedding import deepseek_scaling_rope
 from vllm.model_executor.models import deepseek_v2
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tests.versions.variants import GEOMETRIES, Variant
+from .variants import GEOMETRIES, Variant
 
 NUM_LAYERS = 2
 MAX_MODEL_LEN = 1024
