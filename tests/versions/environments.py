@@ -122,7 +122,7 @@ def _requirements(torch_version: str) -> str:
 
 def _download(release: str) -> Path:
     folder = matrix_dir() / f"download-{release}"
-    _pip("download", "--no-deps", "--no-cache-dir", *PLATFORM_TAGS, f"--dest={folder}", f"vllm=={release}")
+    _pip("download", "--no-deps", *PLATFORM_TAGS, f"--dest={folder}", f"vllm=={release}")
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -149,7 +149,8 @@ def _lock(name: str) -> FileLock:
 
 
 def _pip(*arguments: str | Path) -> None:
-    _run(sys.executable, "-m", "pip", "--quiet", *arguments)
+    # What is installed is the cache; pip's own would hold it a second time.
+    _run(sys.executable, "-m", "pip", "--quiet", "--no-cache-dir", *arguments)
 
 
 def _run(*command: str | Path) -> None:

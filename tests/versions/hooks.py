@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What must hold for the plugin's hooks into a release, beside the graphs: the pass manager, the worker, the layers."""
 
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -23,25 +26,39 @@ BLOCKS, BLOCK_SIZE = 4, 64
 
 
 def problems() -> Iterator[str]:
-    """What is wrong with the hooks of this process, which must be loaded."""
+    """Loads the plugin, first switched off and then in earnest; yields what is wrong with its hooks."""
+    stock = _hooked_functions()
+    with patch.dict(os.environ, MLA_FUSION="0"):
+        plugin.register()
+    if _hooked_functions() != stock:
+        yield "the plugin hooks vLLM although it is switched off"
+    load_general_plugins()
+    hooked = _hooked_functions()
+    plugin.register()
+    if _hooked_functions() != hooked:
+        yield "registering again hooks again"
     if probe := compat.failed_probe():
         yield f"probe {probe} fails"
     if resolve_obj_by_qualname(current_platform.get_pass_manager_cls()) is not compat.FusionPassManager:
         yield f"the platform's pass manager is {current_platform.get_pass_manager_cls()}"
     if "VLLM_MLA_FUSION" not in envs.compile_factors():
         yield "the plugin is not part of the compile cache's key"
-    hooked = _hooked_functions()
-    plugin.register()
-    if _hooked_functions() != hooked:
-        yield "registering again hooks again"
 
 
 def _hooked_functions() -> tuple[Any, ...]:
     return (
         VllmConfig.__post_init__,
-        WorkerWrapperBase.compile_or_warm_up_model,
+        getattr(WorkerWrapperBase, "compile_or_warm_up_model", None),
         type(current_platform).get_pass_manager_cls.__func__,
+        "VLLM_MLA_FUSION" in envs.environment_variables,
     )
+
+
+def config_problems(config: VllmConfig) -> Iterator[str]:
+    """Whether the cache update may enter the graphs, also in the copy that composite models make of their config."""
+    for each in (config, config.with_hf_config(config.model_config.hf_config)):
+        if compat.UPDATE_OP in each.compilation_config.splitting_ops:
+            yield f"{compat.UPDATE_OP} is still a splitting op"
 
 
 def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:

@@ -12,47 +12,42 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.plugins import load_general_plugins
 
 from .variants import Variant, all_variants
+
+# As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
     graphs_folder = parser.parse_args().graphs
-    _load_plugin()
     _report("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
         for variant in all_variants():
             _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), graphs_folder))
 
 
-def _load_plugin() -> None:
+def _hook_problems() -> Iterable[str]:
     from vllm_mla_fusion import kernel
+
+    from . import hooks
 
     # The kernel is not run here and its build is tested elsewhere; nothing here should depend on a compiler.
     target = SimpleNamespace(backend="cuda", archs=["sm_90"])
     patch.multiple(kernel, failure=lambda: None, load=lambda: target).start()
-    load_general_plugins()
-
-
-def _hook_problems() -> Iterable[str]:
-    from . import hooks
-
     return hooks.problems()
 
 
 def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
-    from vllm_mla_fusion import compat, report
+    from vllm_mla_fusion import report
 
     from . import graphs, hooks, stock_model, tracing
 
     report._layers.clear()
     report._left_alone.clear()
     config = stock_model.vllm_config(variant, scratch / "model")
-    if compat.UPDATE_OP in config.compilation_config.splitting_ops:
-        yield f"{compat.UPDATE_OP} is still a splitting op"
+    yield from hooks.config_problems(config)
     if not torch.distributed.is_initialized():
         stock_model.init_single_process(config, scratch / "rendezvous")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
