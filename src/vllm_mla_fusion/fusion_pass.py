@@ -288,11 +288,32 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, ops: FusionOps) -> N
     k_pe_out.meta["val"] = k_value
     q_pe_out.meta["val"] = q_value
     k_rotated.replace_all_uses_with(k_pe_out)
+    _allow_output_strides(graph, k_pe_out)
     # The attention op takes the update's empty result only to run after it; the new key orders them as well.
-    update.replace_all_uses_with(k_pe_out)
+    update.replace_all_uses_with(_empty_like(graph, update))
     if site.q_rotated is not None:
         site.q_rotated.replace_all_uses_with(q_pe_out)
     graph.erase_node(update)
+
+
+def _empty_like(graph: fx.Graph, update: fx.Node) -> fx.Node:
+    value = _fake(update)
+    with graph.inserting_before(update):
+        empty = graph.call_function(aten.empty.memory_format, ([0],), {"dtype": value.dtype, "device": value.device})
+    empty.meta["val"] = value
+    return empty
+
+
+def _allow_output_strides(graph: fx.Graph, k_pe_out: fx.Node) -> None:
+    """Where the key leaves the graph, Inductor would copy it back to the strides that the view of qkv_a had."""
+    output = graph.output_node()
+    strides = output.meta.get("original_output_strides")
+    outputs = output.args[0]
+    if strides is None or not isinstance(outputs, (list, tuple)):
+        return
+    for index, node in enumerate(outputs):
+        if node is k_pe_out:
+            strides[index] = _fake(k_pe_out).stride()
 
 
 def _drop_self_scatters(graph: fx.Graph) -> None:

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for a stock MLA layer around vLLM's real ops: what lies between the projections and the attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from vllm.forward_context import override_forward_context
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import DeepseekScalingRotaryEmbedding
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+
+Q_LORA, LORA, ROT, NOPE, HEADS, HIDDEN, MAX_POSITION = 96, 64, 32, 16, 4, 48, 64
+BLOCK_SIZE, NUM_BLOCKS = 16, 6
+
+
+def native(rope: type) -> Callable:
+    def rotate(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+        return rope.forward_static(positions, q_pe, k_pe, ROT, ROT, cos_sin_cache, is_neox)
+
+    return rotate
+
+
+def custom_op(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    torch.ops._C.rotary_embedding(positions, q_pe, k_pe, ROT, cos_sin_cache, is_neox)
+    return q_pe, k_pe
+
+
+def flashinfer(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    torch.ops.vllm.flashinfer_rotary_embedding(positions, q_pe, k_pe, ROT, cos_sin_cache, is_neox)
+    return q_pe, k_pe
+
+
+ROPES = {
+    "native": native(RotaryEmbedding),
+    "deepseek": native(DeepseekScalingRotaryEmbedding),
+    "custom_op": custom_op,
+    "flashinfer": flashinfer,
+}
+
+
+class Layer(nn.Module):
+    """One MLA layer; `piece`: stops before the attention op, as vLLM's Dynamo partition does."""
+
+    def __init__(self, name: str, rope: str, is_neox: bool, piece: bool, q_lora: bool = True) -> None:
+        super().__init__()
+        self.name, self.rope, self.is_neox, self.piece, self.q_lora = name, ROPES[rope], is_neox, piece, q_lora
+        self.qkv_a = nn.Linear(HIDDEN, (Q_LORA if q_lora else 0) + LORA + ROT, bias=False, dtype=torch.bfloat16)
+        self.q_b = nn.Linear(Q_LORA if q_lora else HIDDEN, HEADS * (NOPE + ROT), bias=False, dtype=torch.bfloat16)
+        self.o = nn.Linear(HEADS * (NOPE + ROT), HIDDEN, bias=False, dtype=torch.bfloat16)
+        self.scale = nn.Buffer(torch.tensor(1.0))
+
+    def forward(self, positions, hidden, cos_sin_cache, llama_4_scaling=None):
+        qkv = self.qkv_a(hidden)
+        q_c, kv = qkv.split([qkv.shape[-1] - LORA - ROT, LORA + ROT], -1)
+        kv_c, k_pe = kv.split([LORA, ROT], -1)
+        kv_c_normed = nn.functional.rms_norm(kv_c.float(), (LORA,)).to(kv_c.dtype)
+        k_pe = k_pe.unsqueeze(1)
+        q = self.q_b(q_c if self.q_lora else hidden).view(-1, HEADS, NOPE + ROT)
+        q[..., NOPE:], k_pe = self.rope(positions, q[..., NOPE:], k_pe, cos_sin_cache, self.is_neox)
+        if llama_4_scaling is not None:
+            q *= llama_4_scaling
+        name = _encode_layer_name(self.name)
+        dummy = torch.ops.vllm.unified_mla_kv_cache_update(kv_c_normed, k_pe, name, "auto", self.scale)
+        if self.piece:
+            return q, kv_c_normed, k_pe, dummy
+        output = torch.empty(hidden.shape[0], HEADS * (NOPE + ROT), dtype=hidden.dtype)
+        torch.ops.vllm.unified_mla_attention_with_output(
+            q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy
+        )
+        return hidden + self.o(output)
+
+
+class Attention(MLAAttention):
+    """vLLM's layer with its own cache update, without weights, and an attention that mixes all it is given."""
+
+    def __init__(self, implementation: type = CPUMLAImpl) -> None:
+        nn.Module.__init__(self)
+        self.kv_cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, LORA + ROT, dtype=torch.bfloat16)
+        self.kv_cache_dtype = "auto"
+        self.kv_lora_rank, self.qk_rope_head_dim = LORA, ROT
+        self.impl = implementation.__new__(implementation)
+        self.hisparse_cache, self.use_pcp, self.pcp_shard_decode_requests = None, False, False
+
+    def forward_impl(self, q, kv_c_normed, k_pe, kv_cache, attn_metadata, output, **_):
+        mixed = q.float() * kv_c_normed.float().mean(-1)[:, None, None] + k_pe.float().mean(-1, keepdim=True)
+        output.copy_(mixed.flatten(1) + kv_cache.float().mean())
+        return output
+
+
+@contextmanager
+def forward_context(layers: dict[str, Attention], slots: torch.Tensor | None):
+    context = SimpleNamespace(
+        attn_metadata=None,
+        no_compile_layers=layers,
+        slot_mapping={} if slots is None else dict.fromkeys(layers, slots),
+        additional_kwargs={},
+    )
+    with override_forward_context(context):
+        yield
+
+
+def inputs(num_tokens: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """positions, hidden states, cos_sin_cache, slots (the last two tokens have none)."""
+    generator = torch.Generator().manual_seed(seed)
+    angles = torch.rand(MAX_POSITION, ROT // 2, generator=generator) * 6
+    cos_sin_cache = torch.cat([angles.cos(), angles.sin()], -1).to(torch.bfloat16)
+    positions = torch.randint(MAX_POSITION, (num_tokens,), generator=generator)
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator).to(torch.bfloat16)
+    slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=generator)[:num_tokens]
+    slots[-2:] = -1
+    return positions, hidden, cos_sin_cache, slots

