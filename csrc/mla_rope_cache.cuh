@@ -12,8 +12,8 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kVectorBytes = 16;
 
-// CUDA GPUs never see the fnuz formats, and their kernels do without the code.
-#if defined(__CUDACC__) && !defined(__HIPCC__)
+// NVIDIA GPUs never see the fnuz formats, and their kernels do without the code.
+#ifdef __NVCC__
 constexpr bool kHasFnuz = false;
 #else
 constexpr bool kHasFnuz = true;
