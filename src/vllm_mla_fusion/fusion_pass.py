@@ -169,8 +169,8 @@ def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site
     op = _rotary_op(node, ops)
     assert op is not None
     kwargs = node.kwargs
-    if kwargs.get("rope_dim_offset") or kwargs.get("inverse"):
-        raise _NoMatch("the rotary op rotates another part of the head, or backwards")
+    if kwargs.get("rope_dim_offset") or kwargs.get("inverse") or kwargs.get("offsets") is not None:
+        raise _NoMatch("the rotary op rotates another part of the head, backwards, or by other positions")
     key, query = kwargs["key"], kwargs["query"]
     if not isinstance(key, fx.Node) or not isinstance(query, fx.Node):
         raise _NoMatch("the rotary op has no key or no query")

@@ -19,7 +19,8 @@ KV cache. Arguments, in order:
 - `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]`, any block and row stride. **Rows of the slots are
   written**, no other byte. An empty cache is not written.
 - `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache in
-  uint8; the values divided by `kv_cache_scale`, saturated).
+  uint8, OCP formats; the values divided by `kv_cache_scale`, saturated), `fp8_e4m3fnuz`, `fp8_e5m2fnuz` (the same in the
+  formats of AMD's gfx94x; on the CPU and on ROCm).
 - `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only.
 - `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
 
