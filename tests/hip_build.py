@@ -52,7 +52,8 @@ def device_libraries(into: Path) -> Path:
     for path in BITCODE.glob("*.bc"):
         (into / path.name).symlink_to(path)
     for name, number in NEWER_ISA.values():
-        ir = f"@__oclc_ISA_version = linkonce_odr protected local_unnamed_addr addrspace(4) constant i32 {number}, align 4"
+        linkage = "linkonce_odr protected local_unnamed_addr addrspace(4)"
+        ir = f"@__oclc_ISA_version = {linkage} constant i32 {number}, align 4"
         command = [_tool("clang-19"), "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-Wno-override-module"]
         _run([*command, "-x", "ir", "-", "-emit-llvm", "-c", "-o", into / f"oclc_isa_version_{name}.bc"], ir)
     return into
@@ -72,7 +73,15 @@ def hip_command(arch: str, libraries: Path) -> list[str]:
         # clang 22 has neither the header files of its HIP mode in this wheel nor the macro that HIP's headers use.
         extra = ["-isystem", str(headers), "-resource-dir", CLANG_RESOURCES]
         extra += ["-mcode-object-version=5", "-D__AMDGCN_WAVEFRONT_SIZE=64"]
-    return [*command, "-x", "hip", *extra, "--rocm-path=/usr", f"--rocm-device-lib-path={libraries}", f"--offload-arch={arch}"]
+    return [
+        *command,
+        "-x",
+        "hip",
+        *extra,
+        "--rocm-path=/usr",
+        f"--rocm-device-lib-path={libraries}",
+        f"--offload-arch={arch}",
+    ]
 
 
 def assembly(source: Path, arch: str, libraries: Path, flags: Iterable[str] = ()) -> str:
@@ -104,7 +113,9 @@ def kernels_of(text: str) -> list[Kernel]:
             continue
         name = fields["symbol"].removesuffix(".kd")
         body = text[text.index(f"\n{name}:") :]
-        body = body[: body.index("s_endpgm\n.Lfunc_end") if "s_endpgm\n.Lfunc_end" in body else body.index(".Lfunc_end")]
+        body = body[
+            : body.index("s_endpgm\n.Lfunc_end") if "s_endpgm\n.Lfunc_end" in body else body.index(".Lfunc_end")
+        ]
         instructions = [line.split("//")[0].strip() for line in body.splitlines() if line.startswith("\t")]
         found.append(Kernel(name, instructions, fields))
     return found

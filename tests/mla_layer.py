@@ -78,9 +78,7 @@ class Layer(nn.Module):
         if self.piece:
             return q, kv_c_normed, k_pe, dummy
         output = torch.empty(hidden.shape[0], HEADS * (NOPE + ROT), dtype=hidden.dtype)
-        torch.ops.vllm.unified_mla_attention_with_output(
-            q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy
-        )
+        torch.ops.vllm.unified_mla_attention_with_output(q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy)
         return hidden + self.o(output)
 
 

@@ -151,7 +151,12 @@ def test_whole_graph(rope: str, q_lora: bool, ops: fusion_pass.FusionOps) -> Non
 
     assert the_pass.before[0].count(ops.update) == count
     assert (the_pass.results[0].fused, the_pass.in_place, the_pass.count(ops.fused)) == (count, [count], count)
-    assert the_pass.count(ops.update) == the_pass.count(aten.slice_scatter.default) == the_pass.count(aten.copy.default) == 0
+    assert (
+        the_pass.count(ops.update)
+        == the_pass.count(aten.slice_scatter.default)
+        == the_pass.count(aten.copy.default)
+        == 0
+    )
     assert_close(actual, expected)
     assert_close(cache, expected_cache)
 
@@ -164,7 +169,9 @@ def test_other_token_counts_and_no_slots(ops: fusion_pass.FusionOps) -> None:
     for num_tokens in (7, 13, 2):
         positions, hidden, cos_sin_cache, slots = inputs(num_tokens, seed=num_tokens)
         for mapping in (slots, None):
-            expected, expected_cache = run(layer.reference(), attention, positions, hidden, cos_sin_cache, slots=mapping)
+            expected, expected_cache = run(
+                layer.reference(), attention, positions, hidden, cos_sin_cache, slots=mapping
+            )
             actual, cache = run(model, attention, positions, hidden, cos_sin_cache, slots=mapping)
             for got, want in zip(actual, expected, strict=True):
                 assert_close(got, want)
@@ -237,7 +244,9 @@ def _scaled(positions, q_pe, k_pe, cos_sin_cache, is_neox):
 
 def _other_positions_for_the_key(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     rope = mla_layer.ROPES["native"]
-    return rope(positions, q_pe, k_pe, cos_sin_cache, is_neox)[0], rope(positions + 1, q_pe, k_pe, cos_sin_cache, is_neox)[1]
+    return rope(positions, q_pe, k_pe, cos_sin_cache, is_neox)[0], rope(
+        positions + 1, q_pe, k_pe, cos_sin_cache, is_neox
+    )[1]
 
 
 def _query_not_rotated(positions, q_pe, k_pe, cos_sin_cache, is_neox):
@@ -326,4 +335,6 @@ def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
         _encode_layer_name("layers.0"),
     )
     with forward_context({"layers.0": Attention()}, slots):
-        torch.library.opcheck(ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        torch.library.opcheck(
+            ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )

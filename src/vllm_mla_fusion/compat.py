@@ -5,7 +5,7 @@ Differences that matter here, with the release that introduced them:
 
 - 0.20: `LayerName` arguments; unused slots are -1 in captured graphs too, which makes capturing the cache write safe.
 - 0.22: `fuse_rope_kvcache_cat_mla`, vLLM's own fusion of the same ops, off unless the partition is Inductor's.
-- 0.26: the sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
+- 0.26: sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
 - 0.28: MLA on the CPU platform, which compiles with plain Inductor and has no pass manager.
 - 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
 """
@@ -64,10 +64,16 @@ def support_status() -> tuple[bool, str]:
     release = _release(version)
     if release < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return False, f"vLLM {version} is too old: capturing the cache write in CUDA graphs is unsafe before {oldest}; upgrade vLLM"
+        return (
+            False,
+            f"vLLM {version} is too old: before {oldest} a captured cache write is unsafe; upgrade vLLM",
+        )
     if release[:2] > NEWEST_TESTED:
         newest = ".".join(map(str, NEWEST_TESTED))
-        return True, f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass"
+        return (
+            True,
+            f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass",
+        )
     return True, f"vLLM {version} is supported"
 
 
@@ -339,7 +345,8 @@ def _pass_manager_class() -> type:
         def configure(self, config: Any) -> None:
             super().configure(config)
             self.passes.insert(_position(self.passes), FusionPass())
-            self.fix_functionalization = ThenDefunctionalise(self.fix_functionalization)
+            last = getattr(self, "fix_functionalization")  # noqa: B009
+            self.fix_functionalization = ThenDefunctionalise(last)
 
     return FusionPassManager
 
