@@ -8,14 +8,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mla_fusion, m) {
       "concat_and_cache_mla_rope_fused(Tensor positions, Tensor(a!) q_pe, Tensor k_pe, Tensor kv_c, Tensor cos_sin_cache, "
       "bool is_neox, Tensor slot_mapping, Tensor(b!) kv_cache, str kv_cache_dtype, Tensor kv_cache_scale, "
       "Tensor(c!) k_pe_out) -> ()");
+  m.def(
+      "norm_concat_and_cache_mla_rope_fused(Tensor positions, Tensor(a!) q_pe, Tensor k_pe, Tensor kv_c, "
+      "Tensor kv_c_weight, float epsilon, Tensor cos_sin_cache, bool is_neox, Tensor slot_mapping, Tensor(b!) kv_cache, "
+      "str kv_cache_dtype, Tensor kv_cache_scale, Tensor(c!) k_pe_out, Tensor(d!) kv_c_normed_out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CPU, m) {
   m.impl("concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::concat_and_cache_mla_rope_fused));
+  m.impl("norm_concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::norm_concat_and_cache_mla_rope_fused));
 }
 
 #ifdef MLA_FUSION_GPU
 STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CUDA, m) {
   m.impl("concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::concat_and_cache_mla_rope_fused));
+  m.impl("norm_concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::norm_concat_and_cache_mla_rope_fused));
 }
 #endif

@@ -26,7 +26,7 @@ std::string text(int64_t part) { return std::to_string(part); }
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
-  throw std::runtime_error("mla_fusion::concat_and_cache_mla_rope_fused: " + (text(parts) + ...));
+  throw std::runtime_error("mla_fusion: " + (text(parts) + ...));
 }
 
 std::string dtype_name(ScalarType type) {
@@ -163,11 +163,34 @@ void check_indices_on_cpu(const Params& p, int64_t max_position, int64_t num_row
   }
 }
 
-}  // namespace
+int32_t log2_or_minus_one(int64_t value) {
+  for (int32_t shift = 0; shift < 62; ++shift) {
+    if (value == int64_t{1} << shift) return shift;
+  }
+  return -1;
+}
 
-void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
-                                     const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
-                                     std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out) {
+struct Norm {
+  const Tensor& weight;
+  const Tensor& out;
+  double epsilon;
+};
+
+void check_norm(const Norm& norm, const Tensor& q_pe, int64_t num_tokens, int64_t lora_rank) {
+  check_shape("kv_c_weight", norm.weight, "[kv_lora_rank]", {lora_rank});
+  check_shape("kv_c_normed_out", norm.out, "[num_tokens, kv_lora_rank]", {num_tokens, lora_rank});
+  if (!norm.out.is_contiguous()) fail("kv_c_normed_out must be contiguous; allocate it with torch.empty");
+  check_dtype("kv_c_weight", norm.weight, {q_pe.scalar_type()});
+  check_dtype("kv_c_normed_out", norm.out, {q_pe.scalar_type()});
+  check_device("kv_c_weight", norm.weight, q_pe);
+  check_device("kv_c_normed_out", norm.out, q_pe);
+  check_last_dim_contiguous("kv_c_weight", norm.weight);
+}
+
+// `norm` is null where the latent is cached as it is.
+void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe, const Tensor& kv_c, const Norm* norm,
+                      const Tensor& cos_sin_cache, bool is_neox, const Tensor& slot_mapping, Tensor& kv_cache,
+                      const std::string& kv_cache_dtype, const Tensor& kv_cache_scale, Tensor& k_pe_out) {
   Params p{};
   p.act_type = act_type_of(q_pe);
   check_shape("q_pe", q_pe, "[num_tokens, num_heads, rot_dim]", {kAny, kAny, kAny});
@@ -184,6 +207,7 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
   }
   check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, rot_dim]", {num_tokens, 1, rot_dim});
   if (!k_pe_out.is_contiguous()) fail("k_pe_out must be contiguous; allocate it with torch.empty");
+  if (norm != nullptr) check_norm(*norm, q_pe, num_tokens, lora_rank);
   check_shape("cos_sin_cache", cos_sin_cache, "[max_position, rot_dim]", {kAny, rot_dim});
   check_shape("positions", positions, "[num_tokens]", {num_tokens});
   check_shape("slot_mapping", slot_mapping, "[num_slots]", {kAny});
@@ -220,6 +244,7 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
     p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
     p.num_slots = num_slots;
     p.block_size = kv_cache.size(1);
+    p.block_shift = log2_or_minus_one(p.block_size);
     p.cache_block_stride = kv_cache.stride(0);
     p.cache_row_stride = kv_cache.stride(1);
   }
@@ -228,6 +253,11 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
   p.q_pe = q_pe.data_ptr();
   p.k_pe = k_pe.data_ptr();
   p.kv_c = kv_c.data_ptr();
+  if (norm != nullptr) {
+    p.kv_c_weight = norm->weight.data_ptr();
+    p.kv_c_out = norm->out.data_ptr();
+    p.epsilon = static_cast<float>(norm->epsilon);
+  }
   p.k_pe_out = k_pe_out.data_ptr();
   p.positions = positions.data_ptr();
   p.cos_sin_cache = cos_sin_cache.data_ptr();
@@ -240,6 +270,7 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
   p.num_heads = static_cast<int32_t>(q_pe.size(1));
   p.rot_dim = static_cast<int32_t>(rot_dim);
   p.lora_rank = static_cast<int32_t>(lora_rank);
+  p.inverse_lora_rank = 1.0f / static_cast<float>(lora_rank);
   p.is_neox = is_neox;
   p.cos_sin_is_float = cos_sin_cache.scalar_type() == ScalarType::Float;
   p.positions_are_int32 = positions.scalar_type() == ScalarType::Int;
@@ -259,6 +290,25 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
 #else
   fail("q_pe must be on the CPU: this build has no GPU kernel");
 #endif
+}
+
+}  // namespace
+
+void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
+                                     const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                     std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out) {
+  check_and_launch(positions, q_pe, k_pe, kv_c, nullptr, cos_sin_cache, is_neox, slot_mapping, kv_cache, kv_cache_dtype,
+                   kv_cache_scale, k_pe_out);
+}
+
+void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
+                                          const Tensor kv_c_weight, double epsilon, const Tensor cos_sin_cache,
+                                          bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                          std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out,
+                                          Tensor kv_c_normed_out) {
+  const Norm norm{kv_c_weight, kv_c_normed_out, epsilon};
+  check_and_launch(positions, q_pe, k_pe, kv_c, &norm, cos_sin_cache, is_neox, slot_mapping, kv_cache, kv_cache_dtype,
+                   kv_cache_scale, k_pe_out);
 }
 
 }  // namespace mla_fusion

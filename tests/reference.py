@@ -39,6 +39,7 @@ class Case:
     q_shift: int = 0  # elements by which q_pe is moved off its alignment
     positions_dtype: torch.dtype = torch.int64
     scale: float = 0.37
+    norm: bool = False
 
     def but(self, **changes) -> Case:
         return replace(
@@ -63,9 +64,16 @@ class Inputs:
     k_pe_out: torch.Tensor
     cache_storage: torch.Tensor
     query: torch.Tensor
+    kv_c_weight: torch.Tensor | None = None
+    epsilon: float = 1e-6
+    kv_c_normed_out: torch.Tensor | None = None
 
     def args(self) -> tuple:
+        """In the order of the op, of the one with norm if there is a weight."""
         names = list(self.__dataclass_fields__)[:11]
+        if self.kv_c_weight is not None:
+            names[4:4] = ["kv_c_weight", "epsilon"]
+            names.append("kv_c_normed_out")
         return tuple(getattr(self, name) for name in names)
 
     def clone(self) -> Inputs:
@@ -78,6 +86,7 @@ class Inputs:
             cache_storage=storage,
             kv_cache=storage.as_strided(self.kv_cache.shape, self.kv_cache.stride(), self.kv_cache.storage_offset()),
             k_pe_out=self.k_pe_out.clone(),
+            kv_c_normed_out=None if self.kv_c_normed_out is None else self.kv_c_normed_out.clone(),
         )
 
 
@@ -124,6 +133,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         k_pe_out=torch.full((num_tokens, 1, case.rot_dim), float("nan"), dtype=case.dtype, device=device),
         cache_storage=storage,
         query=query,
+        kv_c_weight=randn(case.lora_rank) + 1 if case.norm else None,
+        kv_c_normed_out=torch.full_like(qkv_a[:, : case.lora_rank], float("nan")).contiguous() if case.norm else None,
     )
 
 
@@ -142,6 +153,12 @@ def rotate(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return out
 
 
+def rms_norm(inputs: Inputs) -> torch.Tensor:
+    """RMSNorm of the latent in float64."""
+    x = inputs.kv_c.double()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + inputs.epsilon) * inputs.kv_c_weight.double()
+
+
 def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Values as the cache stores them; fp8 as bytes."""
     if inputs.kv_cache_dtype not in FP8:
@@ -151,11 +168,12 @@ def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return (x.float() / inputs.kv_cache_scale).clamp(-limit, limit).to(target).view(torch.uint8)
 
 
-def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor) -> torch.Tensor:
-    """The cache's memory after the write, given the rotated key; `inputs` as they were before the call."""
+def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor, latent: torch.Tensor | None = None) -> torch.Tensor:
+    """The cache's memory after the write of the given rotated key and latent (kv_c); `inputs` as before the call."""
     storage = inputs.cache_storage.clone()
     cache = storage.as_strided(inputs.kv_cache.shape, inputs.kv_cache.stride())
-    rows = quantise(torch.cat([inputs.kv_c, k_pe_out.squeeze(1)], -1)[: len(inputs.slot_mapping)], inputs)
+    latent = inputs.kv_c if latent is None else latent
+    rows = quantise(torch.cat([latent, k_pe_out.squeeze(1)], -1)[: len(inputs.slot_mapping)], inputs)
     for slot, row in zip(inputs.slot_mapping.tolist(), rows, strict=True):
         if slot >= 0:
             cache[slot // cache.shape[1], slot % cache.shape[1]] = row

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -316,6 +317,57 @@ def test_a_layer_with_its_own_writer_runs_vllms(ops: fusion_pass.FusionOps) -> N
     assert_close(cache, expected_cache)
 
 
+@pytest.mark.parametrize("norm", list(mla_layer.NORMS))
+@pytest.mark.parametrize("piece", [True, False], ids=["piece", "whole"])
+def test_norm_joins(norm: str, piece: bool, ops: fusion_pass.FusionOps) -> None:
+    torch.manual_seed(0)
+    layer = Layer("layers.0", "native", False, piece, q_lora=False, norm=norm)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+
+    assert (the_pass.results[0].fused, the_pass.results[0].with_norm, the_pass.in_place) == (1, 1, [1])
+    assert (the_pass.count(ops.fused_norm), the_pass.count(ops.fused)) == (1, 0)
+    for gone in (ops.update, ops.rms_norm, aten.rsqrt.default, aten.slice_scatter.default):
+        assert the_pass.count(gone) == 0, gone
+    assert the_pass.count(ops.rms_norm_out, functional=True) == 0
+    for got, want in zip(*((out if piece else (out,)) for out in (actual, expected)), strict=True):
+        assert_close(got, want)
+    assert_close(cache, expected_cache)
+
+
+@pytest.mark.parametrize("norm", list(mla_layer.NORMS))
+def test_norm_stays_beside_the_query_s(norm: str, ops: fusion_pass.FusionOps) -> None:
+    """Inductor computes both norms of a q-LoRA model in one kernel; taking one away would save none."""
+    layer = Layer("layers.0", "native", False, True, norm=norm, q_norm=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    for everywhere in (False, True):
+        the_pass = Pass(dataclasses.replace(ops, norm_beside_others=everywhere))
+        actual, cache = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+        assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, int(everywhere))
+        for got, want in zip(actual, expected, strict=True):
+            assert_close(got, want)
+        assert_close(cache, expected_cache)
+
+
+class LatentReadElsewhere(Layer):
+    def forward(self, *args):
+        q, kv_c_normed, k_pe, dummy = super().forward(*args)
+        return q, kv_c_normed.relu(), k_pe, dummy
+
+
+def test_norm_with_another_reader_stays(ops: fusion_pass.FusionOps) -> None:
+    layer = LatentReadElsewhere("layers.0", "native", False, True, q_lora=False, norm="op")
+    the_pass = Pass(ops)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    run(compiled(layer, the_pass), {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
+
+
 def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 
@@ -335,6 +387,7 @@ def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
         _encode_layer_name("layers.0"),
     )
     with forward_context({"layers.0": Attention()}, slots):
-        torch.library.opcheck(
-            ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-        )
+        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(ops.fused, arguments, test_utils=utils)
+        weight = (torch.ones(mla_layer.LORA, dtype=torch.bfloat16), 1e-6)
+        torch.library.opcheck(ops.fused_norm, (*arguments[:4], *weight, *arguments[4:]), test_utils=utils)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import Case, Inputs, assert_within_one_rounding, expected_cache, make_inputs, quantise, rotate
+from reference import Case, Inputs, assert_within_one_rounding, expected_cache, make_inputs, quantise, rms_norm, rotate
 
 from vllm_mla_fusion import kernel
 
@@ -48,6 +48,17 @@ CASES = [
     V2_LITE.but(q_shift=1),
     V2_LITE.but(nope_dim=1, dtype=torch.float32),
     V2_LITE.but(positions_dtype=torch.int32),
+    V2_LITE.but(block_size=48),
+]
+NORM_CASES = [
+    V2_LITE.but(norm=True, padding=3),
+    V3_RANK.but(norm=True, num_slots=10),
+    V2_LITE.but(norm=True, num_tokens=2500, kv_cache_dtype="fp8"),
+    V2_LITE.but(norm=True, dtype=torch.float16, kv_cache_dtype="fp8_e5m2", cos_sin_dtype=torch.float32),
+    V2_LITE.but(norm=True, is_neox=True, lora_rank=1536, num_slots=0),
+    V2_LITE.but(norm=True, lora_rank=256, rot_dim=32, kv_cache_dtype="fp8", scale=1.9),
+    V2_LITE.but(norm=True, lora_rank=100, rot_dim=6, row_pad=3),  # the general path
+    V2_LITE.but(norm=True, dtype=torch.float32, kv_cache_dtype="fp8"),
 ]
 
 
@@ -58,12 +69,12 @@ def _library() -> None:
 
 def run(inputs: Inputs) -> Inputs:
     result = inputs.clone()
-    kernel.op()(*result.args())
+    (kernel.op() if inputs.kv_c_weight is None else kernel.norm_op())(*result.args())
     return result
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + NORM_CASES, ids=lambda case: case.name)
 def test_against_float64(case: Case, device: str) -> None:
     inputs = make_inputs(case, device)
     result = run(inputs)
@@ -75,7 +86,9 @@ def test_against_float64(case: Case, device: str) -> None:
     untouched.as_strided(inputs.q_pe.shape, inputs.q_pe.stride(), inputs.q_pe.storage_offset()).copy_(inputs.q_pe)
     assert torch.equal(untouched.view(torch.uint8), inputs.query.view(torch.uint8))
     # The whole cache memory: rows bitwise, every other byte unchanged.
-    expected = expected_cache(inputs, result.k_pe_out)
+    if case.norm:
+        assert_within_one_rounding(result.kv_c_normed_out, rms_norm(inputs))
+    expected = expected_cache(inputs, result.k_pe_out, result.kv_c_normed_out)
     assert torch.equal(result.cache_storage.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -202,7 +215,26 @@ def test_bad_input_is_refused_before_anything_is_written(message: str) -> None:
     assert torch.equal(inputs.cache_storage.view(torch.uint8), before.cache_storage.view(torch.uint8))
 
 
+BAD_NORM = {
+    "kv_c_weight must be": lambda i: setattr(i, "kv_c_weight", i.kv_c_weight[1:]),
+    "kv_c_weight must have dtype bfloat16, got float32": lambda i: setattr(i, "kv_c_weight", i.kv_c_weight.float()),
+    "kv_c_normed_out must be": lambda i: setattr(i, "kv_c_normed_out", i.kv_c_normed_out[1:]),
+    "kv_c_normed_out must be contiguous": lambda i: setattr(
+        i, "kv_c_normed_out", i.kv_c_normed_out.repeat(1, 2)[:, ::2]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_NORM)
+def test_bad_norm_is_refused(message: str) -> None:
+    inputs = make_inputs(V2_LITE.but(norm=True))
+    BAD_NORM[message](inputs)
+    with pytest.raises(RuntimeError, match=message):
+        kernel.norm_op()(*inputs.args())
+
+
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device: str) -> None:
-    inputs = make_inputs(V2_LITE.but(num_tokens=4), device)
-    torch.library.opcheck(kernel.op(), inputs.args())
+def test_opcheck(device: str, norm: bool) -> None:
+    inputs = make_inputs(V2_LITE.but(num_tokens=4, norm=norm), device)
+    torch.library.opcheck(kernel.norm_op() if norm else kernel.op(), inputs.args())

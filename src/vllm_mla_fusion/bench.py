@@ -39,6 +39,7 @@ class Cell:
     dtype: torch.dtype = torch.bfloat16
     cos_sin_dtype: torch.dtype = torch.bfloat16
     is_neox: bool = False
+    norm: bool = False
 
     @property
     def bytes_moved(self) -> int:
@@ -50,7 +51,8 @@ class Cell:
         latent = LORA_RANK * act
         row = (LORA_RANK + ROT_DIM) * cache
         indices = 16 + ROT_DIM * self.cos_sin_dtype.itemsize
-        return self.num_tokens * (query + key + latent + row + indices)
+        normed = LORA_RANK * act if self.norm else 0
+        return self.num_tokens * (query + key + latent + row + indices + normed)
 
 
 @dataclass
@@ -89,6 +91,7 @@ def _sets(cell: Cell, count: int, device: str) -> Iterator[dict[str, torch.Tenso
     angles = torch.rand(max_position, ROT_DIM // 2, device=device, generator=generator) * 6.3
     cos_sin_cache = torch.cat([angles.cos(), angles.sin()], -1).to(cell.cos_sin_dtype)
     cache_dtype = act if cell.kv_cache_dtype == "auto" else torch.uint8
+    weight = randn(LORA_RANK)
     for _ in range(count):
         num_blocks = math.ceil(tokens / BLOCK_SIZE) + 1
         slots = torch.randperm(num_blocks * BLOCK_SIZE, device=device, generator=generator)[:tokens]
@@ -103,17 +106,19 @@ def _sets(cell: Cell, count: int, device: str) -> Iterator[dict[str, torch.Tenso
             "kv_cache": torch.zeros(num_blocks, BLOCK_SIZE, LORA_RANK + ROT_DIM, device=device, dtype=cache_dtype),
             "scale": torch.tensor(0.5, device=device),
             "k_pe_out": torch.empty(tokens, 1, ROT_DIM, device=device, dtype=act),
+            "weight": weight,
+            "kv_c_normed_out": torch.empty(tokens, LORA_RANK, device=device, dtype=act),
         }
 
 
 def _ours(cell: Cell) -> Callable[[dict[str, torch.Tensor]], None]:
-    op = kernel.op()
+    op = kernel.norm_op() if cell.norm else kernel.op()
 
     def call(s: dict[str, torch.Tensor]) -> None:
-        op(
-            s["positions"], s["q_pe"], s["k_pe"], s["kv_c"], s["cos_sin_cache"], cell.is_neox, s["slots"],
-            s["kv_cache"], cell.kv_cache_dtype, s["scale"], s["k_pe_out"],
-        )  # fmt: skip
+        norm = (s["weight"], 1e-6) if cell.norm else ()
+        outputs = (s["k_pe_out"], s["kv_c_normed_out"]) if cell.norm else (s["k_pe_out"],)
+        inputs = (s["positions"], s["q_pe"], s["k_pe"], s["kv_c"], *norm, s["cos_sin_cache"], cell.is_neox)
+        op(*inputs, s["slots"], s["kv_cache"], cell.kv_cache_dtype, s["scale"], *outputs)
 
     return call
 
@@ -193,7 +198,7 @@ def measure_cell(cell: Cell, replays: int) -> Row:
 
     row = Row(cell, time(_ours(cell)))
     ops = _stock_ops()
-    if ops is not None and cell.cos_sin_dtype == cell.dtype:
+    if ops is not None and cell.cos_sin_dtype == cell.dtype and not cell.norm:
         row.stock_unfused = time(_stock_unfused(cell, ops))
         if hasattr(torch.ops._C_cache_ops, "concat_and_cache_mla_rope_fused"):
             row.stock_fused = time(_stock_fused(cell, ops))
@@ -239,6 +244,7 @@ def variants() -> list[Cell]:
             Cell(tokens, 16, dtype=torch.float16, cos_sin_dtype=torch.float16),
         ]
         cells += [Cell(tokens, 16, cos_sin_dtype=torch.float32), Cell(tokens, 16, "fp8"), Cell(tokens, 16, "fp8_e5m2")]
+        cells += [Cell(tokens, 16, norm=True), Cell(tokens, 16, "fp8", norm=True)]
     return cells
 
 
@@ -253,6 +259,8 @@ def _cells(row: Row, report: Report) -> tuple[str, ...]:
     variant = [str(cell.dtype).removeprefix("torch."), "neox" if cell.is_neox else "gptj"]
     if cell.cos_sin_dtype != cell.dtype:
         variant.append("fp32 cos/sin")
+    if cell.norm:
+        variant.append("with norm")
     ratio = f"{row.stock_fused / row.ours:.2f}x" if row.stock_fused else "-"
     share = f"{row.bandwidth_share(report.copy_bandwidth):.0%}"
     return (

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from vllm_mla_fusion import fusion_pass, identity
+from vllm_mla_fusion import activation, fusion_pass, identity
 
 # Loggers outside the vllm namespace lose their INFO lines at vLLM's default level.
 logger = logging.getLogger("vllm.mla_fusion")
@@ -259,12 +259,25 @@ def fusion_ops() -> fusion_pass.FusionOps:
         ("vllm", "flashinfer_rotary_embedding", "is_neox"),
         ("vllm", "rocm_aiter_triton_rotary_embedding", "is_neox"),
     ):
-        if hasattr(getattr(torch.ops, namespace), name):
-            target = getattr(getattr(torch.ops, namespace), name).default
+        target = _op(namespace, name)
+        if target is not None:
             rotary.append(fusion_pass.RotaryOp(target, is_neox))
+    layer_ops = ops.register()
+    norm = activation.norm()
     return fusion_pass.FusionOps(
-        update=torch.ops.vllm.unified_mla_kv_cache_update.default, fused=ops.register(), rotary=tuple(rotary)
+        update=torch.ops.vllm.unified_mla_kv_cache_update.default,
+        fused=layer_ops.plain,
+        rotary=tuple(rotary),
+        fused_norm=None if norm is activation.Norm.NEVER else layer_ops.norm,
+        rms_norm=_op("vllm_ir", "rms_norm"),
+        rms_norm_out=_op("_C", "rms_norm"),
+        norm_beside_others=norm is activation.Norm.ALWAYS,
     )
+
+
+def _op(namespace: str, name: str) -> Any | None:
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return None if packet is None else packet.default
 
 
 def fuse(graph: fx.Graph) -> None:

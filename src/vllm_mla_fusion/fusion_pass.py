@@ -45,14 +45,18 @@ _VIEWS = {
 _ARITHMETIC = {
     aten._to_copy.default,
     aten._unsafe_view.default,
+    aten.add.Scalar,
     aten.add.Tensor,
     aten.cat.default,
     aten.clone.default,
     aten.copy.default,
     aten.index.Tensor,
     aten.index_select.default,
+    aten.mean.dim,
     aten.mul.Tensor,
     aten.neg.default,
+    aten.pow.Tensor_Scalar,
+    aten.rsqrt.default,
     aten.slice_scatter.default,
     aten.stack.default,
     aten.sub.Tensor,
@@ -77,18 +81,28 @@ class RotaryOp:
 
 @dataclass(frozen=True)
 class FusionOps:
-    """The ops that the pass looks for and the op that it puts in."""
+    """The ops that the pass looks for and those that it puts in.
+
+    `rms_norm` is called as (x, weight, epsilon, ...); `rms_norm_out` has arguments `input`, `weight`, `epsilon` and
+    writes its first. `fused_norm` is None where the latent's norm is to stay where it is.
+    """
 
     update: Any
     fused: Any
     rotary: tuple[RotaryOp, ...] = ()
+    fused_norm: Any = None
+    rms_norm: Any = None
+    rms_norm_out: Any = None
+    norm_beside_others: bool = False
 
 
 @dataclass
 class FusionResult:
-    """What `fuse` did to one graph: how many sites it fused, and why each of the others was left alone."""
+    """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm, and why each of
+    the others was left alone."""
 
     fused: int = 0
+    with_norm: int = 0
     reasons: list[str] = field(default_factory=list)
 
 
@@ -100,6 +114,15 @@ class _Site:
     k_pe: fx.Node
     q_pe: fx.Node
     q_rotated: fx.Node | None
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """normed = RMSNorm(kv_c) * weight."""
+
+    kv_c: fx.Node
+    weight: fx.Node
+    epsilon: float
 
 
 class _NoMatch(Exception):
@@ -114,10 +137,14 @@ def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     result = FusionResult()
     for update in graph.find_nodes(op="call_function", target=ops.update):
         try:
-            _rewrite(graph, update, _match(update, ops), ops)
-            result.fused += 1
+            site = _match(update, ops)
         except _NoMatch as reason:
             result.reasons.append(str(reason))
+            continue
+        norm = _match_norm(update, site, ops)
+        _rewrite(graph, update, site, norm, ops)
+        result.fused += 1
+        result.with_norm += norm is not None
     if result.fused:
         stable_topological_sort(graph)
         graph.eliminate_dead_code()
@@ -134,11 +161,11 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     count = 0
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.find_nodes(op="call_function", target=auto_functionalized):
-        if node.args[0] is not ops.fused:
+        if node.args[0] not in (ops.fused, ops.fused_norm):
             continue
         replacements = _in_place_replacements(graph, node, order)
         if replacements is not None:
-            order[_make_in_place(graph, node, ops, replacements)] = order[node]
+            order[_make_in_place(graph, node, replacements)] = order[node]
             count += 1
     if count:
         _erase_unused_views(graph)
@@ -258,22 +285,107 @@ def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:
         pending.extend(node.users)
 
 
+def _match_norm(update: fx.Node, site: _Site, ops: FusionOps) -> _Norm | None:
+    """The norm that makes the cached latent, if the fused op may take it over."""
+    normed = update.args[0]
+    if ops.fused_norm is None or not isinstance(normed, fx.Node):
+        return None
+    attention = _attention_of(update)
+    if any(user not in (update, attention) and user.op != "output" for user in normed.users):
+        return None
+    try:
+        norm = _norm_by_op(normed, ops) or _native_norm(normed, site, ops)
+        if norm is None or not _norm_fits(norm, normed, site):
+            return None
+    except _NoMatch:
+        return None
+    # Inductor makes one kernel of this norm and one that reads the same buffer; alone, the other costs as much.
+    if not ops.norm_beside_others and _has_other_norm(norm, normed, ops):
+        return None
+    return norm
+
+
+def _norm_by_op(normed: fx.Node, ops: FusionOps) -> _Norm | None:
+    if ops.rms_norm is not None and normed.target is ops.rms_norm:
+        x, weight, epsilon, *rest = normed.args
+        if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and not any(rest):
+            return _Norm(x, weight, float(epsilon))
+    source = normed.args[0] if normed.target is operator.getitem else None
+    if isinstance(source, fx.Node) and source.target is auto_functionalized and source.args[0] is ops.rms_norm_out:
+        x, weight = source.kwargs["input"], source.kwargs["weight"]
+        while isinstance(x, fx.Node) and x.target is aten.clone.default:
+            x = x.args[0]  # vLLM makes the op's input contiguous, which our kernel does not need
+        if normed.args[1] == 1 and isinstance(x, fx.Node) and isinstance(weight, fx.Node):
+            return _Norm(x, weight, float(source.kwargs["epsilon"]))
+    return None
+
+
+def _native_norm(normed: fx.Node, site: _Site, ops: FusionOps) -> _Norm | None:
+    """The norm written out in aten ops, again by evaluating it."""
+    cone = _cone(normed, ops)
+    rank = _shape(normed)[-1:]
+    weights = [node for node in cone if _shape(node) == rank]
+    epsilons = {arg for node in cone for arg in node.args[1:2] if isinstance(arg, float) and 0 < arg < 1}
+    if not any(node.target is aten.rsqrt.default for node in cone):
+        return None
+    probe = _Probe(site.positions, site.cos_sin_cache, ops)
+    for x in cone:
+        if x is normed or _shape(x) != _shape(normed) or x.target not in _VIEWS:
+            continue
+        for weight in weights:
+            for epsilon in epsilons:
+                if probe.is_rms_norm(normed, x, weight, epsilon):
+                    return _Norm(x, weight, epsilon)
+    return None
+
+
+def _norm_fits(norm: _Norm, normed: fx.Node, site: _Site) -> bool:
+    dtype = _fake(site.q_pe).dtype
+    x, weight = _fake(norm.kv_c), _fake(norm.weight)
+    same_dtype = x.dtype == weight.dtype == _fake(normed).dtype == dtype
+    same_shape = _shape(norm.kv_c) == _shape(normed) and _shape(norm.weight) == _shape(normed)[-1:]
+    return same_dtype and same_shape and x.dim() == 2 and x.stride(-1) == 1 and weight.stride(-1) == 1
+
+
+def _has_other_norm(norm: _Norm, normed: fx.Node, ops: FusionOps) -> bool:
+    """Whether a second norm reads the buffer of which `kv_c` is a part, as q_a_layernorm does in q-LoRA models."""
+    storage = _storage(norm.kv_c)
+    own = {normed, *normed.all_input_nodes, *_cone(normed, ops)}
+    for node in normed.graph.nodes:
+        is_norm = node.target in (ops.rms_norm, aten.pow.Tensor_Scalar) or (
+            node.target is auto_functionalized and node.args[0] is ops.rms_norm_out
+        )
+        if is_norm and node not in own and any(_reads(source, storage, ops) for source in node.all_input_nodes):
+            return True
+    return False
+
+
+def _reads(node: fx.Node, storage: int | None, ops: FusionOps) -> bool:
+    return any(_storage(source) == storage for source in (node, *node.all_input_nodes))
+
+
 # --- rewriting --------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, ops: FusionOps) -> None:
-    kv_c, k_rotated, layer_name, kv_cache_dtype, k_scale = update.args
+def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, ops: FusionOps) -> None:
+    normed, k_rotated, layer_name, kv_cache_dtype, k_scale = update.args
+    assert isinstance(normed, fx.Node)
     assert isinstance(k_rotated, fx.Node)
-    k_value = _fake(k_rotated).new_empty(_fake(k_rotated).shape)
+    outputs = [_fake(k_rotated).new_empty(_fake(k_rotated).shape)]
+    latent = {"kv_c": normed}
+    if norm is not None:
+        outputs.append(_fake(normed).new_empty(_fake(normed).shape))
+        latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
+    outputs.append(_fake(site.q_pe).new_empty(_fake(site.q_pe).shape))
     with graph.inserting_before(update):
         fused = graph.call_function(
             auto_functionalized,
-            (ops.fused,),
+            (ops.fused if norm is None else ops.fused_norm,),
             {
                 "positions": site.positions,
                 "q_pe": site.q_pe,
                 "k_pe": site.k_pe,
-                "kv_c": kv_c,
+                **latent,
                 "cos_sin_cache": site.cos_sin_cache,
                 "is_neox": site.is_neox,
                 "kv_cache_dtype": kv_cache_dtype,
@@ -281,19 +393,19 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, ops: FusionOps) -> N
                 "layer_name": layer_name,
             },
         )
-        k_pe_out = graph.call_function(operator.getitem, (fused, 0))
-        q_pe_out = graph.call_function(operator.getitem, (fused, 1))
-    q_value = _fake(site.q_pe).new_empty(_fake(site.q_pe).shape)
-    fused.meta["val"] = (k_value, q_value)
-    k_pe_out.meta["val"] = k_value
-    q_pe_out.meta["val"] = q_value
-    k_rotated.replace_all_uses_with(k_pe_out)
-    _allow_output_strides(graph, k_pe_out)
+        results = [graph.call_function(operator.getitem, (fused, index)) for index in range(len(outputs))]
+    fused.meta["val"] = tuple(outputs)
+    for result, value in zip(results, outputs, strict=True):
+        result.meta["val"] = value
+    k_rotated.replace_all_uses_with(results[0])
+    _allow_output_strides(graph, results[0])
     # The attention op takes the update's empty result only to run after it; the new key orders them as well.
     update.replace_all_uses_with(_empty_like(graph, update))
     if site.q_rotated is not None:
-        site.q_rotated.replace_all_uses_with(q_pe_out)
+        site.q_rotated.replace_all_uses_with(results[-1])
     graph.erase_node(update)
+    if norm is not None:
+        normed.replace_all_uses_with(results[1])
 
 
 def _empty_like(graph: fx.Graph, update: fx.Node) -> fx.Node:
@@ -340,7 +452,7 @@ def _in_place_replacements(
         return None
 
     replacements: list[tuple[fx.Node, fx.Node]] = []
-    q_pe_out = _result_of(fused, 1)
+    q_pe_out = _result_of(fused, _num_returns(fused))
     if q_pe_out is not None:
         replacements = [*_scatters_of(q_pe_out, q_pe), (q_pe_out, q_pe)]
     replaced = {node for node, _ in replacements}
@@ -366,21 +478,30 @@ def _scatters_of(q_pe_out: fx.Node, q_pe: fx.Node) -> list[tuple[fx.Node, fx.Nod
     return found
 
 
-def _make_in_place(
-    graph: fx.Graph, fused: fx.Node, ops: FusionOps, replacements: list[tuple[fx.Node, fx.Node]]
-) -> fx.Node:
-    k_pe_out = _result_of(fused, 0)
+def _make_in_place(graph: fx.Graph, fused: fx.Node, replacements: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+    num_returns = _num_returns(fused)
+    values = fused.meta["val"][:num_returns]
     with graph.inserting_before(fused):
-        call = graph.call_function(ops.fused, (), dict(fused.kwargs))
-    call.meta["val"] = fused.meta["val"][0]
-    if k_pe_out is not None:
-        k_pe_out.replace_all_uses_with(call)
-        graph.erase_node(k_pe_out)
+        call = graph.call_function(fused.args[0], (), dict(fused.kwargs))
+    call.meta["val"] = values[0] if num_returns == 1 else values
+    for index in range(num_returns):
+        result = _result_of(fused, index)
+        if result is None:
+            continue
+        if num_returns == 1:
+            result.replace_all_uses_with(call)
+            graph.erase_node(result)
+        else:
+            result.args = (call, index)
     for node, replacement in replacements:
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
     graph.erase_node(fused)
     return call
+
+
+def _num_returns(fused: fx.Node) -> int:
+    return len(fused.args[0]._schema.returns)
 
 
 def _erase_unused_views(graph: fx.Graph) -> None:
@@ -444,9 +565,9 @@ def _writes_to(scatter: fx.Node, view: Any) -> bool:
 
 def _scatter_geometry(scatter: fx.Node) -> tuple[Any, ...]:
     """Where in its base a slice_scatter writes: shape, strides and offset of that slice."""
-    base, source, *rest = scatter.args
-    defaults: tuple[Any, ...] = (0, None, None, 1)
-    dim, start, _, step = (*rest, *defaults[len(rest) :])
+    base, source = scatter.args[:2]
+    given: list[Any] = list(scatter.args[2:])
+    dim, start, _, step = given + [0, None, None, 1][len(given) :]
     value = _fake(base)
     start = start or 0
     if not isinstance(dim, int) or not isinstance(start, int) or not isinstance(step, int):
@@ -540,6 +661,16 @@ class _Probe:
             except (RuntimeError, TypeError, ValueError, IndexError):
                 return False
             return actual.numel() == expected.numel() and torch.allclose(actual, expected.view_as(actual), rtol=1e-9)
+
+    def is_rms_norm(self, normed: fx.Node, source: fx.Node, weight: fx.Node, epsilon: float) -> bool:
+        with _disable_current_modes():
+            try:
+                x = self._value(source)
+                expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon) * self._value(weight)
+                actual = self._value(normed)
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                return False
+            return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-9)
 
     def _rotate(self, x: torch.Tensor, is_neox: bool) -> torch.Tensor:
         half = x.shape[-1] // 2

@@ -18,7 +18,7 @@ def _sources() -> str:
 
 def compile_cache_key() -> str:
     """Differs between plugin versions and between fused and unfused graphs: never reuse one for the other."""
-    from vllm_mla_fusion import kernel
+    from vllm_mla_fusion import activation, kernel
 
-    state = "unavailable" if kernel.failure() else "on"
+    state = "unavailable" if kernel.failure() else f"norm-{activation.norm().value}"
     return f"{state}:{vllm_mla_fusion.__version__}:{_sources()}"

@@ -24,6 +24,12 @@ KV cache. Arguments, in order:
 - `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only.
 - `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
 
+`torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused` takes the raw latent instead: `kv_c` is followed by
+`kv_c_weight` `[kv_lora_rank]` (activation dtype) and `epsilon`, and `k_pe_out` by `kv_c_normed_out`
+`[num_tokens, kv_lora_rank]`, contiguous, **every row written** with the RMSNorm of `kv_c`; that is also what is cached.
+The norm is computed in float32 and rounded once after the multiplication by the weight, as vLLM's compiled graphs do;
+the order of the sum is our own, so that a value next to a rounding boundary may fall to its other side.
+
 The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock
 vLLM does. The op runs on the device and the current stream of `q_pe`, never synchronises, and can be captured in a CUDA
 graph. Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError with the
@@ -44,15 +50,22 @@ NAMESPACE = "mla_fusion"
 
 @functools.cache
 def load() -> build.Target:
-    """Builds the library if it is not in the cache, loads it and registers the fake; returns what it is for.
+    """Builds the library if it is not in the cache, loads it and registers the fakes; returns what it is for.
 
     Raises:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
     target = build.detect_target()
-    torch.ops.load_library(build.build(target))
+    torch.ops.load_library(build.build(target, say=_say))
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
+    torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
     return target
+
+
+def _say(message: str) -> None:
+    from vllm_mla_fusion import compat
+
+    compat.logger.info("MLA fusion: %s", message)
 
 
 @functools.cache
@@ -63,6 +76,28 @@ def failure() -> str | None:
     except (build.BuildError, OSError) as error:
         return str(error)
     return None
+
+
+@functools.cache
+def op() -> Any:
+    """`mla_fusion::concat_and_cache_mla_rope_fused` as an OpOverload, loaded if need be."""
+    load()
+    return torch.ops.mla_fusion.concat_and_cache_mla_rope_fused.default
+
+
+@functools.cache
+def norm_op() -> Any:
+    """`mla_fusion::norm_concat_and_cache_mla_rope_fused` as an OpOverload, loaded if need be."""
+    load()
+    return torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused.default
+
+
+def check_shapes(q_pe: torch.Tensor, k_pe_out: torch.Tensor) -> None:
+    """What the fakes of all ops check."""
+    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
+    expected = (q_pe.shape[0], 1, q_pe.shape[2])
+    torch._check(k_pe_out.shape == expected, lambda: f"k_pe_out must be {expected}, got {tuple(k_pe_out.shape)}")
+    torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
 
 
 def _fake(
@@ -78,12 +113,27 @@ def _fake(
     kv_cache_scale: torch.Tensor,
     k_pe_out: torch.Tensor,
 ) -> None:
-    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
-    expected = (q_pe.shape[0], 1, q_pe.shape[2])
-    torch._check(k_pe_out.shape == expected, lambda: f"k_pe_out must be {expected}, got {tuple(k_pe_out.shape)}")
-    torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
+    check_shapes(q_pe, k_pe_out)
 
 
-def op() -> Any:
-    """`mla_fusion::concat_and_cache_mla_rope_fused` as an OpOverload; `load` must have succeeded."""
-    return torch.ops.mla_fusion.concat_and_cache_mla_rope_fused.default
+def _norm_fake(
+    positions: torch.Tensor,
+    q_pe: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_c: torch.Tensor,
+    kv_c_weight: torch.Tensor,
+    epsilon: float,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+    slot_mapping: torch.Tensor,
+    kv_cache: torch.Tensor,
+    kv_cache_dtype: str,
+    kv_cache_scale: torch.Tensor,
+    k_pe_out: torch.Tensor,
+    kv_c_normed_out: torch.Tensor,
+) -> None:
+    check_shapes(q_pe, k_pe_out)
+    torch._check(
+        kv_c_normed_out.shape == kv_c.shape,
+        lambda: f"kv_c_normed_out must be {tuple(kv_c.shape)}, got {tuple(kv_c_normed_out.shape)}",
+    )

@@ -17,12 +17,13 @@ def register() -> None:
     """Hooks the fusion into the vLLM of this process if MLA_FUSION asks for it. May be called any number of times.
 
     Raises:
-        ValueError: MLA_FUSION has an unknown value.
+        ValueError: MLA_FUSION or MLA_FUSION_NORM has an unknown value.
         UnsupportedError: only with MLA_FUSION=strict; otherwise the reason is logged and vLLM stays stock.
     """
     mode = activation.mode()
     if mode is Mode.OFF:
         return
+    activation.norm()
     try:
         _activate(mode)
     except Exception as error:

@@ -10,6 +10,7 @@ from vllm_mla_fusion import __version__, activation, compat, kernel
 
 # Filled while the model runs; the pass alone cannot know, since warm starts load graphs that it rewrote earlier.
 _layers: dict[str, str | None] = {}
+_with_norm: set[str] = set()
 _left_alone: Counter[str] = Counter()
 
 
@@ -17,9 +18,11 @@ class NotFusedError(RuntimeError):
     """MLA_FUSION=strict and at least one MLA layer does not run the fused op."""
 
 
-def saw_layer(name: str, reason: str | None) -> None:
+def saw_layer(name: str, reason: str | None, with_norm: bool) -> None:
     """The fused op ran for a layer; `reason`: why vLLM's own writer wrote its cache."""
     _layers[name] = reason
+    if with_norm:
+        _with_norm.add(name)
 
 
 def left_alone(reasons: list[str]) -> None:
@@ -82,7 +85,9 @@ def _log(vllm_config: Any, total: int, problems: dict[str, str]) -> None:
         return
     fused = total - len(problems)
     level = compat.logger.info if fused else compat.logger.warning
-    level("MLA fusion %s (%s): %d of %d MLA layers fused.", __version__, _backend(), fused, total)
+    with_norm = len(_with_norm.intersection(compat.mla_layers(vllm_config)))
+    norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
+    level("MLA fusion %s (%s): %d of %d MLA layers fused%s.", __version__, _backend(), fused, total, norm)
     if problems:
         compat.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(problems))
 

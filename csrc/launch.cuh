@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses a kernel for the sizes and alignments at hand and launches it. CUDA or HIP runtime only, no torch headers.
+// Each activation type is compiled in a file of its own, so that a build uses more than one core.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "mla_rope_cache.cuh"
+
+namespace mla_fusion {
+
+// Below this many groups of lanes the GPU is not full and one head per lane is the shortest way.
+constexpr int64_t kGroupsToFillGpu = 8192;
+constexpr int kHeadsWhenFull = 4;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+// The vector kernels need every vector that they touch to be whole and aligned.
+template <typename Act>
+bool vectors_fit(const Params& p) {
+  constexpr int kWidth = kActsPerVector<Act>;
+  const int per_column = p.is_neox ? 2 * kWidth : kWidth;
+  const int columns = p.rot_dim / per_column;
+  const bool shape_fits = p.rot_dim % per_column == 0 && p.lora_rank % kWidth == 0 && columns > 0 && columns <= kLanes &&
+                          (columns & (columns - 1)) == 0;
+  const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&
+                           p.k_token_stride % kWidth == 0 && p.kv_token_stride % kWidth == 0 &&
+                           p.cos_sin_stride % kWidth == 0 && p.cache_block_stride % kWidth == 0 &&
+                           p.cache_row_stride % kWidth == 0;
+  const int64_t cache_bytes = p.cache_kind == CacheKind::kCopy ? kVectorBytes : kWidth;
+  return shape_fits && strides_fit && is_aligned(p.q_pe, kVectorBytes) && is_aligned(p.k_pe, kVectorBytes) &&
+         is_aligned(p.kv_c, kVectorBytes) && is_aligned(p.k_pe_out, kVectorBytes) &&
+         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_cache, cache_bytes) &&
+         is_aligned(p.kv_c_weight, kVectorBytes) && is_aligned(p.kv_c_out, kVectorBytes);
+}
+
+// Lets the grid start while the kernel before it in the stream ends; it waits for that one's results itself.
+inline void launch(void (*kernel)(Params), dim3 grid, dim3 block, const Params& p, cudaStream_t stream) {
+#if defined(__HIP_PLATFORM_AMD__)
+  kernel<<<grid, block, 0, stream>>>(p);
+#else
+  cudaLaunchAttribute early_start{};
+  early_start.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early_start.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  config.attrs = &early_start;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, p);
+#endif
+}
+
+template <typename Act, bool kNeox>
+int heads_per_pass(const Params& p) {
+  return kLanes / (p.rot_dim / (kActsPerVector<Act> * (kNeox ? 2 : 1)));
+}
+
+template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
+void launch_vector(const Params& p, cudaStream_t stream) {
+  const int64_t tasks = 1 + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
+  constexpr int kMaxGroups = kMaxThreads / kLanes;
+  const int64_t blocks_per_token = ceil_div(tasks, kMaxGroups);
+  const int64_t tasks_per_block = ceil_div(tasks, blocks_per_token);
+  const int64_t tokens_per_block = kHeads == 1 ? 1 : kMaxGroups / tasks_per_block;
+  const dim3 block(kLanes, tasks_per_block, tokens_per_block);
+  const dim3 grid(ceil_div(p.num_tokens, tokens_per_block), blocks_per_token);
+  launch(mla_rope_cache_vector<Act, kNeox, kHeads, kQuantise, kNorm>, grid, block, p, stream);
+}
+
+template <typename Act, bool kNeox, bool kQuantise, bool kNorm>
+void choose_heads(const Params& p, cudaStream_t stream) {
+  const int64_t groups = p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p)));
+  if (groups < kGroupsToFillGpu) {
+    launch_vector<Act, kNeox, 1, kQuantise, kNorm>(p, stream);
+  } else {
+    launch_vector<Act, kNeox, kHeadsWhenFull, kQuantise, kNorm>(p, stream);
+  }
+}
+
+template <typename Act, bool kNeox>
+void choose_cache(const Params& p, cudaStream_t stream) {
+  const bool quantise = p.cache_kind != CacheKind::kCopy;
+  if (p.kv_c_weight != nullptr) {
+    quantise ? choose_heads<Act, kNeox, true, true>(p, stream) : choose_heads<Act, kNeox, false, true>(p, stream);
+  } else {
+    quantise ? choose_heads<Act, kNeox, true, false>(p, stream) : choose_heads<Act, kNeox, false, false>(p, stream);
+  }
+}
+
+template <typename Act>
+void launch_general(const Params& p, cudaStream_t stream) {
+  launch(mla_rope_cache_general<Act>, dim3(p.num_tokens), dim3(kMaxThreads), p, stream);
+}
+
+template <typename Act>
+void choose_path(const Params& p, cudaStream_t stream) {
+  if (!vectors_fit<Act>(p)) {
+    launch_general<Act>(p, stream);
+  } else if (p.is_neox) {
+    choose_cache<Act, true>(p, stream);
+  } else {
+    choose_cache<Act, false>(p, stream);
+  }
+}
+
+}  // namespace mla_fusion

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "launch.cuh"
+
+namespace mla_fusion {
+
+void launch_fp16(const Params& params, cudaStream_t stream) { choose_path<Float16>(params, stream); }
+
+}  // namespace mla_fusion
