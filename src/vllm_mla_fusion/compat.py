@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import fusion_pass, identity
 
@@ -280,8 +281,11 @@ def defunctionalise(graph: fx.Graph) -> None:
     fusion_pass.defunctionalise(graph, fusion_ops())
 
 
-class InductorHook:
-    """Both steps in Inductor's post-grad hook, after the user's own pass if there is one."""
+class InductorHook(CustomGraphPass):
+    """Both steps in Inductor's post-grad hook, after the user's own pass if there is one.
+
+    Of this base class because Inductor does not cache a graph that any other callable worked on.
+    """
 
     def __init__(self, users_pass: Any) -> None:
         self._users_pass = users_pass
