@@ -39,4 +39,5 @@ def test_stock_layers(release: str, arch: str, with_aiter: bool, tmp_path: Path)
     """Every rope op of ROCm is fused, in place, with unchanged meaning; vLLM's own AITER fusion happens as well."""
     results = environment.run_release(release, arch, with_aiter, tmp_path, "tests.rocm.probe")
     assert len(results) == CHECKS
-    assert [result for result in results if result["problems"]] == []
+    problems = [f"{result['check']}: {problem}" for result in results for problem in result["problems"]]
+    assert not problems, "\n".join(problems)
