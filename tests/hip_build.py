@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import cpp_extension
@@ -31,8 +32,8 @@ NEWER_ISA = {"gfx942": ("942", 9402), "gfx950": ("950", 9500), "gfx1100": ("1100
 NEEDS_CLANG_20 = {"gfx950"}
 
 
-def hipify(into: Path) -> Path:
-    """Copies csrc/ and hipifies the copy as torch.utils.cpp_extension.load does on ROCm; returns the .hip file."""
+def hipify(into: Path) -> list[Path]:
+    """Copies csrc/ and hipifies the copy as torch.utils.cpp_extension.load does on ROCm; returns the .hip files."""
     shutil.copytree(build.csrc_dir(), into)
     hipify_python.hipify(
         project_directory=str(into),
@@ -42,8 +43,7 @@ def hipify(into: Path) -> Path:
         is_pytorch_extension=True,
         show_progress=False,
     )
-    (device_source,) = into.glob("*.hip")
-    return device_source
+    return sorted(into.glob("*.hip"))
 
 
 def device_libraries(into: Path) -> Path:
@@ -122,51 +122,42 @@ def kernels_of(text: str) -> list[Kernel]:
 
 
 def build_emulation(work: Path) -> Emulation:
-    """The op with the hipified launch and device code behind it, for tensors on the CPU."""
-    device_source = hipify(work / "csrc")
-    as_cpp = device_source.with_suffix(".cpp")
-    device_source.rename(as_cpp)
+    """The ops with the hipified launch and device code behind them, for tensors on the CPU."""
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
-    common = ["-std=c++20", "-O1", "-g", "-fPIC", f"-Dmla_fusion={Emulation.NAMESPACE}"]
     # The device's side of numeric.h, not the host's.
-    as_device = [f"-I{EMULATION}", "-D__HIPCC__", "-D__HIP_DEVICE_COMPILE__", "-DMLA_FUSION_GPU", "-DUSE_ROCM"]
+    as_device = [f"-I{EMULATION}", "-DMLA_FUSION_GPU", "-DUSE_ROCM"]
+    as_device += ["-D__HIPCC__", "-D__HIP_PLATFORM_AMD__", "-D__HIP_DEVICE_COMPILE__"]
     # A misaligned 16-byte access works on the CPU and not on a GPU.
     checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    units = {
-        as_cpp: [*as_device, *checks],
-        EMULATION / "run_cpu.cpp": [f"-I{EMULATION}", f"-I{work / 'csrc'}", "-DMLA_FUSION_GPU"],
-        work / "csrc/launcher.cpp": includes,
-        work / "csrc/binding.cpp": includes,
-    }
+    units = {source: ["-x", "c++", *as_device, *checks] for source in hipify(work / "csrc")}
+    units[EMULATION / "run_cpu.cpp"] = [f"-I{work / 'csrc'}", *as_device]
+    units |= {work / "csrc" / name: includes for name in ("launcher.cpp", "binding.cpp")}
+    cxx = os.environ.get("CXX", "g++")
     objects = []
     for source, flags in units.items():
         objects.append(work / f"{source.stem}.o")
-        _run([os.environ.get("CXX", "g++"), *common, *flags, "-c", source, "-o", objects[-1]])
+        namespace = f"-Dmla_fusion={Emulation.NAMESPACE}"
+        _run([cxx, "-std=c++20", "-O1", "-g", "-fPIC", namespace, *flags, "-c", source, "-o", objects[-1]])
     library = work / "emulation.so"
-    torch_lib = Path(torch.__file__).parent / "lib"
-    link = ["-shared", "-fsanitize=undefined", f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    _run([os.environ.get("CXX", "g++"), *objects, *link, "-o", library])
+    link = ["-shared", "-fsanitize=undefined", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    _run([cxx, *objects, *link, "-o", library])
     torch.ops.load_library(library)
     return Emulation(ctypes.CDLL(str(library)))
 
 
 class Emulation:
-    """The emulated op."""
+    """The emulated ops: as those of `kernel.py`, for tensors on the CPU and one thread (`torch.set_num_threads(1)`)."""
 
     NAMESPACE = "mla_fusion_emulated"
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def run(self, arguments: tuple, wave_size: int, last_lane_first: bool) -> None:
-        """`concat_and_cache_mla_rope_fused` on tensors on the CPU."""
+    def configure(self, wave_size: int, last_lane_first: bool) -> None:
         self._library.configure_emulation(wave_size, last_lane_first)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            torch.ops.mla_fusion_emulated.concat_and_cache_mla_rope_fused(*arguments)
-        finally:
-            torch.set_num_threads(threads)
+
+    def op(self, name: str) -> Any:
+        return getattr(getattr(torch.ops, self.NAMESPACE), name).default
 
 
 def _tool(name: str) -> str:

@@ -90,6 +90,25 @@ class _Replay(fx.Interpreter):
 
     _flashinfer_rotary_embedding = _rotary_embedding
 
+    def _rocm_aiter_triton_rotary_embedding(self, *args: Any, offsets: None = None, **kwargs: Any) -> None:
+        self._rotary_embedding(*args, **kwargs)
+
+    def _rocm_unquantized_gemm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def _fused_mla_dual_rms_norm(
+        self,
+        x1: torch.Tensor,
+        x1_weight: torch.Tensor,
+        x2: torch.Tensor,
+        x2_weight: torch.Tensor,
+        x1_epsilon: float,
+        x2_epsilon: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._rms_norm(x1, x1_weight, x1_epsilon), self._rms_norm(x2, x2_weight, x2_epsilon)
+
     def _unified_mla_kv_cache_update(
         self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, kv_cache_dtype: str, k_scale: torch.Tensor
     ) -> torch.Tensor:

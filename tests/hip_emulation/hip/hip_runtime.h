@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -164,6 +165,8 @@ T __shfl_xor(T value, int mask, int width = 0) {
   memcpy(&value, &bits, sizeof(T));
   return value;
 }
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #define hipLaunchKernelGGL(kernel, grid, block, shared_bytes, stream, ...) \
   emulation::launch(grid, block, [&] { kernel(__VA_ARGS__); })

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin on vLLM's own ROCm platform, without an AMD GPU.
+
+vLLM's `RocmPlatform` asks a stand-in of `amdsmi` for the architecture. The tracing needs the compiled ops of a stock
+wheel and runs in the environments of the release matrix; `aiter` is a stand-in whose functions are never called.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.rocm import environment
+
+# The oldest, the one that most sits between, and the newest release.
+RELEASES = ["0.20.2", "0.32.0", "0.33.0"]
+CHECKS = 7
+
+
+def test_gate_and_fp8_format(tmp_path: Path) -> None:
+    """The gate is is_cuda_alike; fp8 is fnuz where vLLM's is: on gfx94x only."""
+    platform, *archs = environment.run_here("gfx942", tmp_path, "tests.rocm.gate")
+    assert platform == {"is_rocm": True, "is_cuda_alike": True, "problem": None, "probe": None}
+    formats = {each["arch"]: (each["vllm"], each["auto"], each["fp8"], each["fp8_e4m3"], each["fp8_e5m2"]) for each in archs}
+    ocp = ("torch.float8_e4m3fn", "auto", "fp8", "fp8_e4m3", "fp8_e5m2")
+    fnuz = ("torch.float8_e4m3fnuz", "auto", "fp8_e4m3fnuz", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
+    assert formats == {"gfx90a": ocp, "gfx942": fnuz, "gfx950": ocp, "gfx1100": ocp, "gfx1201": ocp}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(("arch", "with_aiter"), [("gfx90a", False), ("gfx942", True)], ids=["plain", "aiter"])
+@pytest.mark.parametrize("release", RELEASES)
+def test_stock_layers(release: str, arch: str, with_aiter: bool, tmp_path: Path) -> None:
+    """Every rope op of ROCm is fused, in place, with unchanged meaning; vLLM's own AITER fusion happens as well."""
+    results = environment.run_release(release, arch, with_aiter, tmp_path, "tests.rocm.probe")
+    assert len(results) == CHECKS
+    problems = [f"{result['check']}: {problem}" for result in results for problem in result["problems"]]
+    assert not problems, "\n".join(problems)
