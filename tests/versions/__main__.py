@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.versions import environments, matrix
+from . import environments, matrix
 
 
 def main() -> int:
@@ -23,7 +23,9 @@ def main() -> int:
         choices=environments.TORCH_OF_RELEASE,
         help="releases to run (default: all)",
     )
-    parser.add_argument("--graphs", type=Path, metavar="FOLDER", help="write each graph before and after the passes here")
+    parser.add_argument(
+        "--graphs", type=Path, metavar="FOLDER", help="write the graphs before and after the passes here"
+    )
     arguments = parser.parse_args()
     print(matrix.markdown_header(), flush=True)
     failed = []

@@ -35,14 +35,6 @@ TRANSFORMERS_OF_TORCH = {
     "2.14.0": "transformers>=5.16.1,<5.21",
 }
 
-# What vLLM imports to build a model and compile it; its kernel and serving packages are left out.
-DEPENDENCIES = """
-aiohttp blake3 cachetools cbor2 cloudpickle compressed-tensors==0.17.0 depyf==0.20.0 diskcache einops
-fastapi[standard]<0.137 filelock gguf jsonschema lark==1.2.2 llguidance mistral_common msgspec ninja numpy openai openai-harmony
-partial-json-parser pillow prometheus_client protobuf psutil py-cpuinfo pybase64 pydantic python-json-logger pyzmq regex
-requests safetensors sentencepiece setproctitle setuptools tiktoken tokenizers tqdm typing_extensions watchfiles xgrammar
-""".split()
-
 # Wheels differ in their glibc tag; pip takes only the tags it is told when a target is given.
 PLATFORM_TAGS = [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(35, 16, -1)]
 
@@ -61,14 +53,15 @@ def python_of(release: str) -> Path:
     torch_version = TORCH_OF_RELEASE[release]
     venv = matrix_dir() / f"torch-{torch_version}"
     python = venv / "bin" / "python"
-    # `===` keeps a local build such as 2.13.0+cpu out: `_C` needs the CUDA one.
-    requirements = [f"torch==={torch_version}", TRANSFORMERS_OF_TORCH[torch_version], *DEPENDENCIES]
+    requirements = _requirements(torch_version)
     installed = venv / "requirements.txt"
     with _lock(venv.name):
-        if not installed.exists() or installed.read_text() != "\n".join(requirements):
+        if not installed.exists() or installed.read_text() != requirements:
             _run(sys.executable, "-m", "venv", "--without-pip", venv)
-            _pip(f"--python={python}", "install", *requirements)
-            installed.write_text("\n".join(requirements))
+            wanted = venv / "wanted.txt"
+            wanted.write_text(requirements)
+            _pip(f"--python={python}", "install", f"--requirement={wanted}")
+            wanted.rename(installed)
     return python
 
 
@@ -95,7 +88,8 @@ def install_plugins(site: Path) -> None:
     """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
     with tempfile.TemporaryDirectory() as folder:
         # setuptools builds in the source tree and would install again what an earlier build left there.
-        source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=shutil.ignore_patterns(".*", "build", "tests"))
+        unwanted = shutil.ignore_patterns(".*", "build", "tests")
+        source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=unwanted)
         _pip("install", "--no-deps", f"--target={site}", source)
     info = site / "pretended_cuda-0.dist-info"
     info.mkdir()
@@ -105,12 +99,12 @@ def install_plugins(site: Path) -> None:
 
 
 def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:
-    """Environment variables of a process that runs the release with the plugin on."""
+    """Environment variables of a process that runs the release with the plugin, which must not give in silently."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MLA_FUSION"))}
     return environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (vllm_of(release), site))),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(libcuda_stub()), environ.get("LD_LIBRARY_PATH")))),
-        "MLA_FUSION": "1",
+        "MLA_FUSION": "strict",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -120,9 +114,15 @@ def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:
     }
 
 
+def _requirements(torch_version: str) -> str:
+    # `===` keeps a local build such as 2.13.0+cpu out: `_C` needs the CUDA one.
+    pins = [f"torch==={torch_version}", TRANSFORMERS_OF_TORCH[torch_version]]
+    return "\n".join([*pins, (HERE / "requirements.txt").read_text()])
+
+
 def _download(release: str) -> Path:
     folder = matrix_dir() / f"download-{release}"
-    _pip("download", "--no-deps", "--no-cache-dir", *PLATFORM_TAGS, f"--dest={folder}", f"vllm=={release}")
+    _pip("download", "--no-deps", *PLATFORM_TAGS, f"--dest={folder}", f"vllm=={release}")
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -149,7 +149,8 @@ def _lock(name: str) -> FileLock:
 
 
 def _pip(*arguments: str | Path) -> None:
-    _run(sys.executable, "-m", "pip", "--quiet", *arguments)
+    # What is installed is the cache; pip's own would hold it a second time.
+    _run(sys.executable, "-m", "pip", "--quiet", "--no-cache-dir", *arguments)
 
 
 def _run(*command: str | Path) -> None:

@@ -8,30 +8,32 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.versions import environments
-from tests.versions.variants import Variant, all_variants
+from . import environments
+from .variants import ROPES, all_variants
 
-COLUMNS = ["default native", "default _C op", "YaRN native", "YaRN FlashInfer op"]
+HOOKS = "hooks"
 
 
 @dataclass
 class Outcome:
-    """What the probe found for one release: the problems of each variant, and its log if it ended early."""
+    """What the probe found for one release: the problems of each check, and its log if it ended early."""
 
     release: str
     problems: dict[str, list[str]] = field(default_factory=dict)
     log: str = ""
 
-    def missing(self) -> list[str]:
-        return [str(variant) for variant in all_variants() if str(variant) not in self.problems]
+    def passed(self, check: str) -> bool:
+        return self.problems.get(check) == []
 
     def is_clean(self) -> bool:
-        return not self.missing() and not any(self.problems.values())
+        return all(map(self.passed, [HOOKS, *map(str, all_variants())]))
 
     def describe(self) -> str:
-        lines = [f"{name}: {problem}" for name, problems in self.problems.items() for problem in problems]
-        if self.missing():
-            lines += [f"no result for {len(self.missing())} variants", self.log]
+        """The problems, a line each, and the log of a probe that did not come to its end."""
+        lines = [f"{check}: {problem}" for check, problems in self.problems.items() for problem in problems]
+        missing = [str(variant) for variant in all_variants() if str(variant) not in self.problems]
+        if missing:
+            lines += [f"no result for {len(missing)} variants; the end of the log:", self.log]
         return "\n".join(lines)
 
 
@@ -55,28 +57,24 @@ def _probe(release: str, site: Path, scratch: Path, graphs: Path | None) -> Outc
     )
     outcome = Outcome(release, log=process.stderr[-4000:])
     for line in process.stdout.splitlines():
-        if line.startswith('{"variant"'):
+        if line.startswith('{"check"'):
             result = json.loads(line)
-            outcome.problems[result["variant"]] = result["problems"]
+            outcome.problems[result["check"]] = result["problems"]
     return outcome
 
 
 def markdown_header() -> str:
-    return _row(["vLLM", "torch", *COLUMNS]) + "\n" + _row(["---"] * (2 + len(COLUMNS)))
+    titles = ["vLLM", "torch", "hooks", *(rope.name for rope in ROPES)]
+    return f"{_row(titles)}\n{_row(['---'] * len(titles))}"
 
 
 def markdown_row(outcome: Outcome) -> str:
     """One line of the support table: per form of RoPE, in how many variants every layer was fused."""
-    cells = []
-    for column in COLUMNS:
-        variants = [variant for variant in all_variants() if variant.rope.name == column]
-        clean = sum(_is_clean(outcome, variant) for variant in variants)
-        cells.append(f"{clean}/{len(variants)}")
-    return _row([outcome.release, environments.TORCH_OF_RELEASE[outcome.release], *cells])
-
-
-def _is_clean(outcome: Outcome, variant: Variant) -> bool:
-    return outcome.problems.get(str(variant)) == []
+    cells = [outcome.release, environments.TORCH_OF_RELEASE[outcome.release], "yes" if outcome.passed(HOOKS) else "no"]
+    for rope in ROPES:
+        variants = [str(variant) for variant in all_variants() if variant.rope == rope]
+        cells.append(f"{sum(map(outcome.passed, variants))}/{len(variants)}")
+    return _row(cells)
 
 
 def _row(cells: list[str]) -> str:

@@ -1,77 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs inside one release's environment: loads the plugin as vLLM does and reports on each variant, a JSON line each."""
+"""Runs in one release's environment: loads the plugin as vLLM does and prints a JSON line for each thing it checks."""
 
 import argparse
 import json
 import tempfile
 import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import vllm
 from torch._subclasses.fake_tensor import FakeTensorMode
-from vllm.plugins import load_general_plugins
 
-from tests.versions.variants import Variant, all_variants
+from .variants import Variant, all_variants
+
+# As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
     graphs_folder = parser.parse_args().graphs
-    _load_plugin()
-    _report(vllm=vllm.__version__, torch=torch.__version__)
+    _report("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
         for variant in all_variants():
-            try:
-                problems = _problems_of(variant, Path(scratch), graphs_folder)
-            except Exception:
-                problems = [traceback.format_exc()]
-            _report(variant=str(variant), problems=problems)
+            _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), graphs_folder))
 
 
-def _load_plugin() -> None:
+def _hook_problems() -> Iterable[str]:
     from vllm_mla_fusion import kernel
 
-    # The kernel is not run here and its build is tested elsewhere; the hooks must not depend on a compiler.
-    patch.object(kernel, "failure", lambda: None).start()
-    load_general_plugins()
+    from . import hooks
+
+    # The kernel is not run here and its build is tested elsewhere; nothing here should depend on a compiler.
+    target = SimpleNamespace(backend="cuda", archs=["sm_90"])
+    patch.multiple(kernel, failure=lambda: None, load=lambda: target).start()
+    return hooks.problems()
 
 
-def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> list[str]:
-    from vllm_mla_fusion import compat, report
+def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
+    from vllm_mla_fusion import report
 
-    from tests.versions import checks, stock_model, tracing
+    from . import graphs, hooks, stock_model, tracing
 
+    report._layers.clear()
+    report._left_alone.clear()
     config = stock_model.vllm_config(variant, scratch / "model")
+    yield from hooks.config_problems(config)
     if not torch.distributed.is_initialized():
         stock_model.init_single_process(config, scratch / "rendezvous")
-    report._left_alone.clear()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = stock_model.build(config, variant, mode)
-    try:
-        trace = tracing.trace_compilation(model, config, mode)
-    finally:
-        torch._dynamo.reset()
+    trace = tracing.trace_compilation(model, config, mode)
     if graphs_folder is not None:
-        _write(trace, graphs_folder / f"{variant}.txt")
-    problems = checks.problems_of(variant, trace)
-    if not all(isinstance(manager, compat.FusionPassManager) for manager in trace.pass_managers):
-        problems.append(f"pass managers are {trace.pass_managers}, not the plugin's")
-    if compat.UPDATE_OP in config.compilation_config.splitting_ops:
-        problems.append(f"{compat.UPDATE_OP} is still a splitting op")
-    return problems + [f"the pass says: {reason}" for reason in report._left_alone]
+        trace.write(graphs_folder / f"{variant}.txt")
+    yield from graphs.problems_of(variant, trace)
+    yield from (f"the pass says: {reason}" for reason in report._left_alone)
+    with mode:
+        yield from hooks.layer_problems(config, variant.cache_dtype)
+        yield from hooks.worker_problems(config)
 
 
-def _write(trace: "tracing.Trace", path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pairs = zip(trace.before, trace.after, strict=True)
-    path.write_text("\n\n".join(f"BEFORE\n{before}\nAFTER\n{after}" for before, after in pairs))
-
-
-def _report(**fields: object) -> None:
-    print(json.dumps(fields), flush=True)
+def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
+    problems = []
+    try:
+        problems.extend(find_problems())
+    except Exception:
+        problems.append(traceback.format_exc())
+    print(json.dumps({"check": name, "problems": problems}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from tests.versions.stock_model import HF_CONFIG
-from tests.versions.tracing import NUM_TOKENS
+from .stock_model import HF_CONFIG
+from .tracing import NUM_TOKENS
 
 V_HEAD_DIM = HF_CONFIG["v_head_dim"]
 POOL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))

@@ -16,10 +16,13 @@ from vllm.model_executor.layers.rotary_embedding import deepseek_scaling_rope
 from vllm.model_executor.models import deepseek_v2
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from tests.versions.variants import GEOMETRIES, Variant
+from .variants import GEOMETRIES, Variant
 
 NUM_LAYERS = 2
 MAX_MODEL_LEN = 1024
+
+# original_max_position_embeddings and beta
+LLAMA_4_SCALING = (8, 0.1)
 
 HF_CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -41,9 +44,12 @@ HF_CONFIG = {
 def vllm_config(variant: Variant, folder: Path) -> VllmConfig:
     """The config of an engine that serves the variant's model; `folder` receives the model's config.json."""
     geometry = GEOMETRIES[variant.geometry]
-    hf_config = HF_CONFIG | geometry | {"num_key_value_heads": geometry["num_attention_heads"]}
+    hf_config = HF_CONFIG | geometry
+    hf_config["num_key_value_heads"] = geometry["num_attention_heads"]
+    hf_config["rope_parameters"] = variant.rope.parameters
+    hf_config["llama_4_scaling"] = LLAMA_4_SCALING if variant.llama_4_scaling else None
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config | {"rope_parameters": variant.rope.parameters}))
+    (folder / "config.json").write_text(json.dumps(hf_config))
     arguments = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -87,9 +93,14 @@ class Layers(torch.nn.Module):
             for index in range(hf_config.num_hidden_layers)
         )
 
+        self.llama_4_scaling = hf_config.llama_4_scaling
+
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        query_scale = None
+        if self.llama_4_scaling is not None:
+            query_scale = deepseek_v2._get_llama_4_scaling(*self.llama_4_scaling, positions)
         for layer in self.layers:
-            hidden_states = layer(positions, hidden_states, None)
+            hidden_states = layer(positions, hidden_states, query_scale)
         return hidden_states
 
 

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -19,12 +20,16 @@ NUM_TOKENS = 7
 
 @dataclass
 class Trace:
-    """What one compilation produced: the pass manager that ran and its graphs, in the order of the model."""
+    """What one compilation gave to vLLM's pass manager and got from it, graph by graph."""
 
-    pass_managers: list[Any] = field(default_factory=list)
     before: list[torch.fx.Graph] = field(default_factory=list)
     after: list[torch.fx.Graph] = field(default_factory=list)
     complete: bool = False
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs = zip(self.before, self.after, strict=True)
+        path.write_text("\n\n".join(f"BEFORE\n{before}\nAFTER\n{after}" for before, after in pairs))
 
 
 class _Recorded(Exception):
@@ -35,7 +40,6 @@ class _Recorder(CustomGraphPass):
     def __init__(self, pass_manager: Any, trace: Trace) -> None:
         self.pass_manager = pass_manager
         self.trace = trace
-        trace.pass_managers.append(pass_manager)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.trace.before.append(_copy(graph))
@@ -59,6 +63,8 @@ def trace_compilation(model: torch.nn.Module, config: VllmConfig, mode: FakeTens
         except Exception:
             if not trace.complete:
                 raise
+        finally:
+            torch._dynamo.reset()
     return trace
 
 

@@ -46,14 +46,17 @@ class Variant:
     is_neox: bool
     cache_dtype: str
     inductor_partition: bool = False
+    llama_4_scaling: bool = False
 
     def __str__(self) -> str:
         pairing = "neox" if self.is_neox else "GPT-J"
         partition = "Inductor partition" if self.inductor_partition else "Dynamo partition"
-        return f"{self.geometry}, {self.rope.name}, {pairing}, cache {self.cache_dtype}, {partition}"
+        scaling = ", llama_4_scaling" if self.llama_4_scaling else ""
+        return f"{self.geometry}, {self.rope.name}, {pairing}, cache {self.cache_dtype}, {partition}{scaling}"
 
 
 def all_variants() -> list[Variant]:
-    """Every combination under vLLM's default partition, and every RoPE form under Inductor's partition."""
-    default = [Variant(*axes) for axes in product(GEOMETRIES, ROPES, (False, True), ("auto", "fp8"))]
-    return default + [Variant("V3", rope, False, "auto", inductor_partition=True) for rope in ROPES]
+    """Every combination under vLLM's default partition; what changes the rest of the graph once per form of RoPE."""
+    variants = [Variant(*axes) for axes in product(GEOMETRIES, ROPES, (False, True), ("auto", "fp8"))]
+    variants += [Variant("V3", rope, False, "auto", inductor_partition=True) for rope in ROPES]
+    return variants + [Variant("V3", rope, False, "auto", llama_4_scaling=True) for rope in ROPES]

@@ -8,10 +8,10 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from tests.versions import replay
-from tests.versions.stock_model import NUM_LAYERS
-from tests.versions.tracing import Trace
-from tests.versions.variants import Variant
+from . import replay
+from .stock_model import NUM_LAYERS
+from .tracing import Trace
+from .variants import Variant
 
 UPDATE = "vllm::unified_mla_kv_cache_update"
 FUSED = "mla_fusion::fused_concat_and_cache_mla_rope"
