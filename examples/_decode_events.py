@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 import re
 import statistics
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ class Patterns:
     attention: str = r"mla|attn|attention|fmha|flash_fwd|_fwd_grouped_kernel_stage1"
     gemm: str = r"gemm|gemv|nvjet|bmm|cijk_|wvsplitk|matmul|splitk_?reduce|triton_tem_"
     gemms: int = 3
-    not_attention: str = r"cache|concat|combine|metadata|prepare_|stage2|norm|quant|rotary|(?<![a-z])rope|triton_[a-z]+_fused"
+    not_attention: str = (
+        r"cache|concat|combine|metadata|prepare_|stage2|norm|quant|rotary|(?<![a-z])rope|triton_[a-z]+_fused"
+    )
     continues_gemm: str = r"splitk_?reduce"
 
     def is_gemm(self, name: str) -> bool:
@@ -140,21 +143,22 @@ def summarise(events: Sequence[Event], patterns: Patterns) -> DecodeSummary:
     anchors = anchors[-steps * per_step - 1 :]
     layers = find_layers(events, anchors, patterns)
     windows = [events[layer.qkv_a : layer.attention] for layer in layers]
-    usual = collections.Counter(tuple(e.name for e in window) for window in windows).most_common(1)[0]
+    names = [tuple(event.name for event in window) for window in windows]
+    usual, usual_count = collections.Counter(names).most_common(1)[0]
     rows, gemms = _add_up(windows, patterns)
     span = events[anchors[0] : anchors[-1]]
     return DecodeSummary(
         attention_kernel=attention,
         steps=steps,
         layers=per_step,
-        same_pattern=usual[1] / len(windows),
+        same_pattern=usual_count / len(windows),
         rows=rows,
         gemms_per_layer=gemms.per_layer,
         gemm_us_per_layer=gemms.us_per_layer,
         gap_us=statistics.median(events[x.attention].start - _end_of_qkv_a(events, x, patterns) for x in layers),
         kernels_per_step=len(span) / steps,
         busy_us_per_step=busy_time(span) / steps,
-        layer_events=_median_layer(events, [x for x, w in zip(layers, windows, strict=True) if tuple(e.name for e in w) == usual[0]]),
+        layer_events=_median_layer(events, [x for x, found in zip(layers, names, strict=True) if found == usual]),
     )
 
 
@@ -172,7 +176,9 @@ def attention_kernel(events: Sequence[Event], patterns: Patterns) -> str:
     candidates = [name for name in counts if patterns.is_attention(name)]
     if not candidates:
         frequent = "\n  ".join(short_name(name) for name, _ in times.most_common(20))
-        raise SegmentationError(f"no attention kernel found; name it with --attention REGEX. Longest kernels:\n  {frequent}")
+        raise SegmentationError(
+            f"no attention kernel found; name it with --attention REGEX. Longest kernels:\n  {frequent}"
+        )
     return max(candidates, key=lambda name: (counts[name], times[name]))
 
 
@@ -184,7 +190,7 @@ def layers_per_step(events: Sequence[Event], anchors: Sequence[int]) -> int:
     votes: collections.Counter[int] = collections.Counter()
     for places in positions.values():
         before = [bisect.bisect(anchors, place) for place in places]
-        distances = collections.Counter(b - a for a, b in zip(before, before[1:], strict=False) if b > a)
+        distances = collections.Counter(b - a for a, b in itertools.pairwise(before) if b > a)
         # Kernels of every layer come back after one anchor and say nothing about steps.
         if distances and 1 not in distances:
             votes[distances.most_common(1)[0][0]] += 1
@@ -198,7 +204,7 @@ def find_layers(events: Sequence[Event], anchors: Sequence[int], patterns: Patte
         SegmentationError: there are fewer GEMMs between two attention kernels than from qkv_a to attention.
     """
     starts = []
-    for previous, anchor in zip(anchors, anchors[1:], strict=False):
+    for previous, anchor in itertools.pairwise(anchors):
         gemms = [i for i in range(previous + 1, anchor) if patterns.starts_gemm(events[i].name)]
         if len(gemms) < patterns.gemms:
             names = "\n  ".join(short_name(event.name) for event in events[previous : anchor + 1])
@@ -253,8 +259,9 @@ def _median_layer(events: Sequence[Event], layers: Sequence[Layer]) -> list[Even
 
 def short_name(name: str, width: int = 60) -> str:
     """A kernel name without return type, arguments and template parameters; generic kernels keep what they apply."""
-    base = re.split(r"[<(]", name.removeprefix("void "), maxsplit=1)[0].replace("at::native::", "")
-    inner = re.search(r"(\w+_kernel_cuda|\w+Functor|CatArray\w+|FlashAttn\w+|Sm\d+\w*Mla\w*|Sm\d+\w*Fmha\w*)", name[len(base) :])
+    plain = re.sub(r"^std::enable_if<.*?>::type |^void |\(anonymous namespace\)::|at::native::", "", name)
+    base = re.split(r"[<(]", plain, maxsplit=1)[0]
+    inner = re.search(r"(\w+_kernel_cuda|\w+Functor|CatArray\w+|FlashAttn\w+|Sm\d+\w*(?:Mla|Fmha|Gemm)\w*)", plain)
     if inner and re.search(r"device_kernel|elementwise_kernel|reduce_kernel", base):
         base += f"<{inner[1]}>"
     return base if len(base) <= width else f"{base[: width - 1]}…"
@@ -298,7 +305,7 @@ def _cells(per_layer: float, us_per_layer: float, layers: int) -> list[str]:
 
 def _remarks(summaries: dict[str, DecodeSummary]) -> list[str]:
     return [
-        f"{mode}: {s.layers} MLA layers per step, mean of {s.steps} steps; {s.same_pattern:.0%} of the layers show the same "
-        f"kernels; attention is `{short_name(s.attention_kernel)}`."
+        f"{mode}: {s.layers} MLA layers per step, mean of {s.steps} steps; {s.same_pattern:.0%} of the layers show the "
+        f"same kernels; attention is `{short_name(s.attention_kernel)}`."
         for mode, s in summaries.items()
     ]

@@ -22,7 +22,9 @@ from typing import Any
 from _common import (
     MODES,
     OFFLINE,
+    ChildError,
     accept_cpu_build,
+    add_out,
     environment,
     facts_line,
     fusion_line,
@@ -140,13 +142,20 @@ def compare(off: dict[str, Any], on: dict[str, Any], name: str) -> Comparison:
     only_on = sum(b and not a for a, b in pairs)
     n, difference = len(pairs), (only_on - only_off) / len(pairs)
     variance = max(0.0, (only_off + only_on) / n - difference**2) / max(1, n - 1)
-    scores = [(run["results"][f"exact_match,{name}"], run["results"][f"exact_match_stderr,{name}"]) for run in (off, on)]
-    # lm-eval gives N/A for a single problem.
-    (score_off, stderr_off), (score_on, stderr_on) = [(s, e if isinstance(e, float) else math.nan) for s, e in scores]
-    p_value = mcnemar_exact(only_off, only_on)
+    scores = {}
+    for label, run in {"off": off, "on": on}.items():
+        scores[label] = run["results"][f"exact_match,{name}"]
+        scores[f"stderr_{label}"] = run["results"][f"exact_match_stderr,{name}"]
     return Comparison(
-        FILTERS[name], n, score_off, stderr_off, score_on, stderr_on, difference, math.sqrt(variance), only_off, only_on, p_value
-    )  # fmt: skip
+        name=FILTERS[name],
+        n=n,
+        difference=difference,
+        stderr_difference=math.sqrt(variance),
+        only_off=only_off,
+        only_on=only_on,
+        p_value=mcnemar_exact(only_off, only_on),
+        **scores,
+    )
 
 
 def identical_share(off: dict[str, Any], on: dict[str, Any]) -> float:
@@ -220,22 +229,28 @@ def report(args: argparse.Namespace, runs: dict[str, dict[str, Any]], facts: dic
         data["identical_generations_control"] = control = identical_share(runs["off"], runs["off again"])
         lines.append(f"Control, off against off again: {control:.2%} identical.")
     lines += [
-        f"{args.model}, {args.num_fewshot}-shot, greedy, lm-eval {importlib.metadata.version('lm_eval')}, {facts_line(facts)}.",
+        f"{args.model}, {args.num_fewshot}-shot, greedy, {facts_line(facts)}.",
         f"Plugin: {runs['on']['plugin']}",
     ]
     write_results(args.out, "gsm8k", data, "\n".join(lines))
+
+
+def _limit(text: str) -> int:
+    if positive_int(text) < 2:
+        raise argparse.ArgumentTypeError("expected at least 2 problems, or there is no standard error")
+    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name or directory")
-    parser.add_argument("--limit", type=positive_int, help="only the first LIMIT problems (all)")
-    parser.add_argument("--offline-data", type=Path, help="directory with train.jsonl and test.jsonl; no network is used")
+    parser.add_argument("--limit", type=_limit, help="only the first LIMIT problems (all)")
+    parser.add_argument("--offline-data", type=Path, help="folder with train.jsonl and test.jsonl; needs no network")
     parser.add_argument("--num-fewshot", type=int, default=5, help="worked examples before each problem (%(default)s)")
     parser.add_argument("--model-args", type=json_object, default={}, help="JSON of vLLM engine arguments")
     parser.add_argument("--control", action="store_true", help="run off twice: how equal are two runs of stock vLLM?")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="directory for results and logs (%(default)s)")
+    add_out(parser)
     parser.add_argument("--run-to", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -250,7 +265,11 @@ def main() -> None:
         local_files(args.offline_data)
     if importlib.util.find_spec("lm_eval") is None:
         sys.exit("lm-eval is not installed; pip install 'vllm-mla-fusion[eval]'")
-    report(args, run_modes(args), measured_on())
+    try:
+        runs = run_modes(args)
+    except ChildError as error:
+        sys.exit(str(error))
+    report(args, runs, {**measured_on(), "lm-eval": importlib.metadata.version("lm_eval")})
 
 
 if __name__ == "__main__":  # vLLM may start its engine with spawn, which imports this file again

@@ -23,6 +23,8 @@ from typing import Any
 from _common import (
     MODES,
     UPSTREAM_FUSION,
+    ChildError,
+    add_out,
     environment,
     facts_line,
     fusion_line,
@@ -100,6 +102,16 @@ def _step(engine: Any, count: int) -> list[float]:
     return times
 
 
+def check_gpu() -> None:
+    """Raises:
+    SystemExit: there is no GPU to record on.
+    """
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        sys.exit("Recording needs a GPU and torch sees none; with recorded events use --from-events DIR.")
+
+
 def record_modes(args: argparse.Namespace) -> None:
     """Records each mode in a fresh process.
 
@@ -138,7 +150,9 @@ def event_files(folder: Path, modes: list[str]) -> dict[str, Path]:
     candidates = {mode: [folder / f"events_{mode}.json", folder / f"ev_{mode}.json"] for mode in modes}
     found = {mode: next((p for p in paths if p.is_file()), None) for mode, paths in candidates.items()}
     if not any(found.values()):
-        sys.exit(f"{folder} has no events_MODE.json for any of the modes {', '.join(modes)}; record them on a GPU first")
+        sys.exit(
+            f"{folder} has no events_MODE.json for any of the modes {', '.join(modes)}; record them on a GPU first"
+        )
     return {mode: path for mode, path in found.items() if path}
 
 
@@ -160,7 +174,9 @@ def report(args: argparse.Namespace, folder: Path) -> None:
     lines = [markdown(summaries)]
     for mode, facts in described.items():
         if "wall_us" in facts:
-            lines.append(f"Step of {mode} as the host sees it, without the profiler: {facts['wall_us']:.0f} us (median).")
+            lines.append(
+                f"Step of {mode} as the host sees it, without the profiler: {facts['wall_us']:.0f} us (median)."
+            )
         if facts.get("plugin"):
             lines.append(f"Plugin, {mode}: {facts['plugin']}")
     first = next(iter(described.values()))
@@ -233,7 +249,7 @@ def parse_args() -> argparse.Namespace:
         "--gemms-before-attention", type=positive_int, default=Patterns.gemms,
         help="GEMMs from qkv_a to attention, both it and the absorbed kv_b included (%(default)s)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("results"), help="directory for results and logs (%(default)s)")
+    add_out(parser)
     parser.add_argument("--record-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.from_events and not args.model:
@@ -247,14 +263,14 @@ def main() -> None:
     if args.record_to:
         record(args)
         return
-    if args.from_events is None:
-        import torch
-
-        if torch.cuda.device_count() == 0:
-            sys.exit("Recording needs a GPU and torch sees none; with recorded events use --from-events DIR.")
-        args.out.mkdir(parents=True, exist_ok=True)
-        record_modes(args)
-    report(args, args.from_events or args.out)
+    try:
+        if args.from_events is None:
+            check_gpu()
+            args.out.mkdir(parents=True, exist_ok=True)
+            record_modes(args)
+        report(args, args.from_events or args.out)
+    except (ChildError, SegmentationError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
