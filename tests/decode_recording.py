@@ -31,10 +31,8 @@ Event = tuple[float, float, str]
 def layer(mode: str, is_first: bool) -> list[str]:
     """Kernels of one layer: MLA as DeepSeek-V3's, then a dense MLP in the first layer and experts in the others."""
     before = [NORM, GEMM, SPLIT_K, NORM, GEMM, *BEFORE_ATTENTION[mode], UK_BMM]
-    mlp = (
-        ["void vllm::act_and_mul_kernel<__nv_bfloat16>(...)", GEMM] if is_first else ["moe_align_block_size", MOE, MOE]
-    )
-    return [*before, ATTENTION, COMBINE, UK_BMM, GEMM, NORM, GEMM, *mlp]
+    dense, experts = [GEMM, ACTIVATION, GEMM], [GEMM, "moe_align_block_size_kernel", MOE, ACTIVATION, MOE]
+    return [*before, ATTENTION, COMBINE, UK_BMM, GEMM, NORM, *(dense if is_first else experts)]
 
 
 def step(mode: str, layers: int) -> list[str]:

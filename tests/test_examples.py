@@ -12,6 +12,7 @@ from pathlib import Path
 
 import decode_recording as made
 import pytest
+from engine_run import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -21,7 +22,6 @@ import benchmark_serving  # noqa: E402
 import gsm8k_accuracy  # noqa: E402
 from _decode_events import Event, Patterns, SegmentationError, busy_time, short_name, summarise  # noqa: E402
 
-TINY_MLA = Path(os.environ.get("TINY_MLA", "/work/shared/models/tiny-mla"))
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("_"))
 
 
@@ -134,7 +134,7 @@ def test_missing_local_data_is_said_before_anything_starts(tmp_path: Path) -> No
 def test_accuracy_of_tiny_mla(tmp_path: Path) -> None:
     """Four problems with five shots, off and fused, each in an engine of its own."""
     result = run(
-        sys.executable, EXAMPLES / "gsm8k_accuracy.py", "--model", TINY_MLA, "--offline-data", TINY_MLA, "--limit", 4,
+        sys.executable, EXAMPLES / "gsm8k_accuracy.py", "--model", MODEL, "--offline-data", MODEL, "--limit", 4,
         "--model-args", '{"max_model_len": 2048}', "--out", tmp_path, VLLM_CPU_KVCACHE_SPACE="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -211,7 +211,7 @@ def test_decode_with_too_few_gemms_says_what_to_do() -> None:
         (made.NORM, made.NORM),
         ("std::enable_if<!(false), void>::type internal::gemvx::kernel<int, float>(Params)", "internal::gemvx::kernel"),
         (
-            "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(at::X&)::{lambda()#1}>(int)",
+            "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda(X&)::{lambda()#1}>(int)",
             "elementwise_kernel<direct_copy_kernel_cuda>",
         ),
         ("x" * 99, "x" * 59 + "…"),
