@@ -35,6 +35,11 @@ class Event(NamedTuple):
         """When it ended, in microseconds."""
         return self.start + self.duration
 
+    @property
+    def family(self) -> str:
+        """The name without the number that Inductor gives a kernel within its graph: layers differ in it."""
+        return re.sub(r"^(triton_\w+?)_\d+$", r"\1_*", self.name)
+
 
 @dataclass(frozen=True)
 class Patterns:
@@ -93,10 +98,12 @@ class DecodeSummary:
     """What one recording says; times in microseconds.
 
     Args:
-        same_pattern: share of the layers whose kernels up to attention are those of `layer_events`' layer.
+        same_pattern: share of the layers whose kernels up to attention are those of most layers.
         rows: kernels between the qkv_a GEMM and attention, GEMMs left out, in the order in which they run.
         gemms_per_layer, gemm_us_per_layer: the GEMMs from qkv_a to attention, for reference.
-        gap_us: from the end of the qkv_a GEMM to the start of attention (median over layers).
+        to_attention_us: from the end of the qkv_a GEMM to the start of attention (median over layers).
+        pause_us: from the end of a kernel to the start of the next, up to attention (median).
+        layer_us: from the qkv_a GEMM of a layer to that of the next (median).
         busy_us_per_step: time in which at least one kernel ran.
         layer_events: the kernels of the layer of median length, for the picture.
     """
@@ -108,8 +115,10 @@ class DecodeSummary:
     rows: list[KernelRow]
     gemms_per_layer: float
     gemm_us_per_layer: float
-    gap_us: float
+    to_attention_us: float
+    pause_us: float
     kernels_per_step: float
+    layer_us: float
     busy_us_per_step: float
     layer_events: list[Event]
 
@@ -142,8 +151,11 @@ def summarise(events: Sequence[Event], patterns: Patterns) -> DecodeSummary:
     # From one anchor to the same anchor `steps` steps later: whole steps, wherever the recording was cut.
     anchors = anchors[-steps * per_step - 1 :]
     layers = find_layers(events, anchors, patterns)
+    # The recording's last layer is cut at attention.
+    whole = layers[:-1] or layers
     windows = [events[layer.qkv_a : layer.attention] for layer in layers]
-    names = [tuple(event.name for event in window) for window in windows]
+    names = [tuple(event.family for event in window) for window in windows]
+    pauses = [after.start - before.end for window in windows for before, after in itertools.pairwise(window)]
     usual, usual_count = collections.Counter(names).most_common(1)[0]
     rows, gemms = _add_up(windows, patterns)
     span = events[anchors[0] : anchors[-1]]
@@ -155,10 +167,14 @@ def summarise(events: Sequence[Event], patterns: Patterns) -> DecodeSummary:
         rows=rows,
         gemms_per_layer=gemms.per_layer,
         gemm_us_per_layer=gemms.us_per_layer,
-        gap_us=statistics.median(events[x.attention].start - _end_of_qkv_a(events, x, patterns) for x in layers),
+        to_attention_us=statistics.median(
+            events[layer.attention].start - _end_of_qkv_a(events, layer, patterns) for layer in layers
+        ),
+        pause_us=statistics.median(pauses),
         kernels_per_step=len(span) / steps,
+        layer_us=statistics.median(_length(events, layer) for layer in whole),
         busy_us_per_step=busy_time(span) / steps,
-        layer_events=_median_layer(events, [x for x, found in zip(layers, names, strict=True) if found == usual]),
+        layer_events=_median_layer(events, [x for x, found in zip(whole, names, strict=False) if found == usual]),
     )
 
 
@@ -232,8 +248,8 @@ def _add_up(windows: Sequence[Sequence[Event]], patterns: Patterns) -> tuple[lis
     times: collections.Counter[str] = collections.Counter()
     for window in windows:
         for event in window:
-            counts[event.name] += 1
-            times[event.name] += event.duration
+            counts[event.family] += 1
+            times[event.family] += event.duration
     n = len(windows)
     rows = [KernelRow(name, counts[name] / n, times[name] / n) for name in counts]
     gemms = [row for row in rows if patterns.is_gemm(row.name)]
@@ -249,10 +265,12 @@ def _end_of_qkv_a(events: Sequence[Event], layer: Layer, patterns: Patterns) -> 
     return events[last].end
 
 
+def _length(events: Sequence[Event], layer: Layer) -> float:
+    return events[layer.end].start - events[layer.qkv_a].start
+
+
 def _median_layer(events: Sequence[Event], layers: Sequence[Layer]) -> list[Event]:
-    """The layer of median length, not the recording's last, which is cut at attention."""
-    whole = layers[:-1] or layers
-    ordered = sorted(whole, key=lambda x: events[x.end].start - events[x.qkv_a].start)
+    ordered = sorted(layers, key=lambda layer: _length(events, layer))
     layer = ordered[len(ordered) // 2]
     return list(events[layer.qkv_a : layer.end])
 
@@ -278,7 +296,9 @@ def _overview(summaries: dict[str, DecodeSummary]) -> str:
         "their time per layer, us": lambda s: f"{s.us_per_layer:.2f}",
         "kernels between qkv_a and attention, per step": lambda s: f"{s.kernels_per_layer * s.layers:.1f}",
         "their time per step, us": lambda s: f"{s.us_per_layer * s.layers:.1f}",
-        "end of qkv_a to start of attention, us (median)": lambda s: f"{s.gap_us:.2f}",
+        "end of qkv_a to start of attention, us (median)": lambda s: f"{s.to_attention_us:.2f}",
+        "pause between two of these kernels, us (median)": lambda s: f"{s.pause_us:.2f}",
+        "qkv_a to the next layer's qkv_a, us (median)": lambda s: f"{s.layer_us:.2f}",
         "all kernels per step": lambda s: f"{s.kernels_per_step:.1f}",
         "GPU busy per step, us": lambda s: f"{s.busy_us_per_step:.1f}",
     }

@@ -197,34 +197,31 @@ def draw(summaries: dict[str, DecodeSummary], patterns: Patterns, path: Path) ->
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(summaries), 1, figsize=(13, 1 + 1.9 * len(summaries)), sharex=True, squeeze=False)
+    figure, axes = plt.subplots(len(summaries), 1, figsize=(14, 0.6 + 1.5 * len(summaries)), sharex=True, squeeze=False)
     for axis, (mode, summary) in zip(axes[:, 0], summaries.items(), strict=True):
         _draw_layer(axis, mode, summary, patterns)
     axes[-1, 0].set_xlabel("microseconds since the start of the qkv_a GEMM")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     print(f"Picture: {path}")
 
 
 def _draw_layer(axis: Any, mode: str, summary: DecodeSummary, patterns: Patterns) -> None:
-    names = [row.name for row in summary.rows]
-    start = summary.layer_events[0].start
-    before_attention = True
+    colours = iter(["tab:orange", "tab:green", "tab:red", "tab:purple", "tab:pink", "tab:olive", "tab:cyan"] * 9)
+    colour_of = {summary.attention_kernel: "tab:blue"}
+    start, attention_came = summary.layer_events[0].start, False
     for event in summary.layer_events:
-        before_attention = before_attention and event.name != summary.attention_kernel
-        label = short_name(event.name)
-        if event.name == summary.attention_kernel:
-            colour, label = "tab:blue", "attention"
-        elif patterns.is_gemm(event.name):
+        attention_came = attention_came or event.name == summary.attention_kernel
+        if patterns.is_gemm(event.name):
             colour, label = "0.6", "GEMM"
-        elif before_attention:
-            colour = f"C{1 + names.index(event.name) % 9}"
-        else:
+        elif attention_came and event.name not in colour_of:
             colour, label = "0.85", "other"
+        else:
+            colour = colour_of[event.name] = colour_of.get(event.name) or next(colours)
+            label = "attention" if event.name == summary.attention_kernel else short_name(event.family)
         axis.broken_barh([(event.start - start, event.duration)], (0, 1), color=colour, edgecolor="white", label=label)
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(handles.values(), handles.keys(), fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    axis.legend(handles.values(), handles.keys(), fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.set_yticks([])
     axis.set_title(
         f"{mode}: {summary.kernels_per_layer:.0f} kernels, {summary.us_per_layer:.1f} us between qkv_a and attention "
