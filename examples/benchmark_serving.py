@@ -17,8 +17,8 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from _common import (
 
 Pair = dict[str, dict[str, float]]  # mode, metric
 
+WARM_UP = 0
 SERVER_MODES = {"off": "off", "on": "strict"}
 
 
@@ -115,7 +116,8 @@ def measure(args: argparse.Namespace, server: Server, mode: str, pair: int) -> d
     if data["completed"] != args.num_prompts:
         raise ChildError(f"{data['completed']} of {args.num_prompts} requests completed; see {server.log}")
     figures = {metric.key: float(data[metric.key]) for metric in METRICS}
-    print(f"pair {pair}, {mode}: " + ", ".join(f"{m.name} {figures[m.key]:.3f}" for m in METRICS), flush=True)
+    label = "not counted" if pair == WARM_UP else f"pair {pair}"
+    print(f"{label}, {mode}: " + ", ".join(f"{m.name} {figures[m.key]:.3f}" for m in METRICS), flush=True)
     return figures
 
 
@@ -137,10 +139,14 @@ def measure_pairs(args: argparse.Namespace) -> list[Pair]:
     return pairs
 
 
-def _server(args: argparse.Namespace, mode: str) -> AbstractContextManager[Server]:
+@contextmanager
+def _server(args: argparse.Namespace, mode: str) -> Iterator[Server]:
+    """A server that has already seen one run, which is not counted."""
     log = args.out / f"server_{mode}.log"
     print(f"starting the server, MLA fusion {mode}, log in {log} ...", flush=True)
-    return running_server(args.model, SERVER_MODES[mode], server_arguments(args), log)
+    with running_server(args.model, SERVER_MODES[mode], server_arguments(args), log) as server:
+        measure(args, server, mode, WARM_UP)
+        yield server
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict
     lines = [
         changes_table(changes),
         "",
-        f"{len(pairs)} pairs of interleaved runs, {'both servers up' if args.both_up else 'each on a fresh server'}; "
+        f"{len(pairs)} pairs of interleaved runs after a warm-up run, {'both servers up' if args.both_up else 'each on a fresh server'}; "
         f"{args.num_prompts} requests of {args.input_len} + {args.output_len} tokens, "
         f"concurrency {args.max_concurrency}, request rate {args.request_rate}.",
         f"{args.model}, {facts_line(facts)}.",

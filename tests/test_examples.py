@@ -188,8 +188,8 @@ def test_decode_is_segmented_wherever_it_was_cut(layers: int, cut: int) -> None:
         ("v3rank", 16, ["poi", "red", "poi", "concat_and_cache_mla_kernel"], ["red", "mla_rope_cache_vector"]),
     ],
 )
-def test_decode_recorded_on_an_h100(model: str, layers: int, off_kernels: list[str], on_kernels: list[str]) -> None:
-    """Two to three steps of vLLM 0.26.0, batch 8: DeepSeek-V2-Lite without q_lora, and a V3 rank with it."""
+def test_decode_recorded_on_a_gpu(model: str, layers: int, off_kernels: list[str], on_kernels: list[str]) -> None:
+    """Two to three steps of stock vLLM on an sm_90 GPU: DeepSeek-V2-Lite without q_lora, a rank of V3 with it."""
     for mode, kernels in {"off": off_kernels, "on": on_kernels}.items():
         found = summarise(recorded(model, mode), Patterns())
         assert (found.layers, found.gemms_per_layer) == (layers, 3.0)
