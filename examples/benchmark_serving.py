@@ -222,7 +222,8 @@ def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict
     lines = [
         changes_table(changes),
         "",
-        f"{len(pairs)} pairs of interleaved runs after a warm-up run, {'both servers up' if args.both_up else 'each on a fresh server'}; "
+        f"{len(pairs)} pairs of interleaved runs after a warm-up run, "
+        f"{'both servers up' if args.both_up else 'each on a fresh server'}; "
         f"{args.num_prompts} requests of {args.input_len} + {args.output_len} tokens, "
         f"concurrency {args.max_concurrency}, request rate {args.request_rate}.",
         f"{args.model}, {facts_line(facts)}.",
