@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Serves a model with the fused kernel, sends one request, stops the server.
+set -euo pipefail
+
+usage() {
+    echo "usage: examples/serve.sh [MODEL] [vllm serve arguments ...]"
+    echo "Starts 'MLA_FUSION=1 vllm serve MODEL' on 127.0.0.1:\${PORT:-8000}, sends one request with curl and stops it."
+    echo "MODEL: name or directory (deepseek-ai/DeepSeek-V2-Lite-Chat)"
+}
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then usage; exit 0; fi
+
+model=${1:-deepseek-ai/DeepSeek-V2-Lite-Chat}
+shift || true
+url=http://127.0.0.1:${PORT:-8000}
+
+MLA_FUSION=1 vllm serve "$model" --host 127.0.0.1 --port "${PORT:-8000}" --served-model-name mla "$@" &
+server=$!
+trap 'kill -TERM "$server" 2>/dev/null; wait "$server"' EXIT
+
+until curl --silent --fail --output /dev/null "$url/health"; do
+    kill -0 "$server" 2>/dev/null || { echo "the server ended before it was ready; its output is above" >&2; exit 1; }
+    sleep 1
+done
+curl --silent --show-error --fail-with-body "$url/v1/completions" -H "Content-Type: application/json" \
+    -d '{"model": "mla", "prompt": "Question: Omar has 57 shells and Uma hands him 4 more. How many has he now?\nAnswer:", "max_tokens": 64, "temperature": 0}'
+echo
