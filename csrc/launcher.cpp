@@ -47,6 +47,10 @@ std::string dtype_name(ScalarType type) {
       return "float8_e4m3fn";
     case ScalarType::Float8_e5m2:
       return "float8_e5m2";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
+    case ScalarType::Float8_e5m2fnuz:
+      return "float8_e5m2fnuz";
     default:
       return "dtype number " + std::to_string(static_cast<int>(type));
   }
@@ -128,7 +132,21 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
     check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e5m2});
     return CacheKind::kFp8E5M2;
   }
-  fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, got '", kv_cache_dtype, "'");
+#if defined(MLA_FUSION_GPU) && !defined(USE_ROCM)
+  if (kv_cache_dtype.find("fnuz") != std::string::npos && !q_pe.is_cpu()) {
+    fail("kv_cache_dtype '", kv_cache_dtype, "' is a format of AMD GPUs, this build is for NVIDIA's; use fp8_e4m3 or fp8_e5m2");
+  }
+#endif
+  if (kv_cache_dtype == "fp8_e4m3fnuz") {
+    check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e4m3fnuz});
+    return CacheKind::kFp8E4M3Fnuz;
+  }
+  if (kv_cache_dtype == "fp8_e5m2fnuz") {
+    check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e5m2fnuz});
+    return CacheKind::kFp8E5M2Fnuz;
+  }
+  fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz, got '",
+       kv_cache_dtype, "'");
 }
 
 // On the CPU the indices can be looked at; on a GPU that would be a synchronisation.

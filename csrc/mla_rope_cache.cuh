@@ -12,6 +12,13 @@ constexpr int kLanes = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kVectorBytes = 16;
 
+// NVIDIA GPUs never see the fnuz formats, and their kernels do without the code.
+#ifdef __NVCC__
+constexpr bool kHasFnuz = false;
+#else
+constexpr bool kHasFnuz = true;
+#endif
+
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
@@ -156,12 +163,43 @@ __device__ __forceinline__ Vector<uint8_t, kActsPerVector<Act>> quantise(const A
 // One vector into the cache row that starts at row, at element index.
 template <typename Act>
 __device__ __forceinline__ void store_cache(const Params& p, int64_t row, int index, const ActVector<Act>& value, float scale) {
-  if (p.cache_kind == CacheKind::kCopy) {
-    store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
-  } else if (p.cache_kind == CacheKind::kFp8E4M3) {
-    store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise<Fp8::kE4M3, Act>(value, scale));
-  } else {
-    store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise<Fp8::kE5M2, Act>(value, scale));
+  uint8_t* bytes = static_cast<uint8_t*>(p.kv_cache) + row + index;
+  switch (p.cache_kind) {
+    case CacheKind::kCopy:
+      return store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
+    case CacheKind::kFp8E4M3:
+      return store_as(bytes, quantise<Fp8::kE4M3, Act>(value, scale));
+    case CacheKind::kFp8E5M2:
+      return store_as(bytes, quantise<Fp8::kE5M2, Act>(value, scale));
+    case CacheKind::kFp8E4M3Fnuz:
+      if constexpr (kHasFnuz) store_as(bytes, quantise<Fp8::kE4M3Fnuz, Act>(value, scale));
+      return;
+    case CacheKind::kFp8E5M2Fnuz:
+      if constexpr (kHasFnuz) store_as(bytes, quantise<Fp8::kE5M2Fnuz, Act>(value, scale));
+      return;
+  }
+}
+
+// One element into the cache, at the given offset from its start.
+template <typename Act>
+__device__ __forceinline__ void store_cache_element(const Params& p, int64_t offset, Act value, float scale) {
+  uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + offset;
+  switch (p.cache_kind) {
+    case CacheKind::kCopy:
+      static_cast<Act*>(p.kv_cache)[offset] = value;
+      return;
+    case CacheKind::kFp8E4M3:
+      *byte = to_fp8<Fp8::kE4M3>(to_float(value) / scale);
+      return;
+    case CacheKind::kFp8E5M2:
+      *byte = to_fp8<Fp8::kE5M2>(to_float(value) / scale);
+      return;
+    case CacheKind::kFp8E4M3Fnuz:
+      if constexpr (kHasFnuz) *byte = to_fp8<Fp8::kE4M3Fnuz>(to_float(value) / scale);
+      return;
+    case CacheKind::kFp8E5M2Fnuz:
+      if constexpr (kHasFnuz) *byte = to_fp8<Fp8::kE5M2Fnuz>(to_float(value) / scale);
+      return;
   }
 }
 
@@ -271,14 +309,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const Para
                               : to_float(static_cast<const Act*>(p.cos_sin_cache)[angle_row + index]);
   };
   const auto cache_at = [&](int index, Act value) {
-    if (row < 0) return;
-    if (p.cache_kind == CacheKind::kCopy) {
-      static_cast<Act*>(p.kv_cache)[row + index] = value;
-    } else {
-      const float scaled = to_float(value) / scale;
-      static_cast<uint8_t*>(p.kv_cache)[row + index] =
-          p.cache_kind == CacheKind::kFp8E4M3 ? to_fp8<Fp8::kE4M3>(scaled) : to_fp8<Fp8::kE5M2>(scaled);
-    }
+    if (row >= 0) store_cache_element(p, row + index, value, scale);
   };
 
   // Head num_heads is the key.

@@ -10,8 +10,10 @@ enum class ActType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
 enum class CacheKind : int32_t {
   kCopy,     // same type as the activations
-  kFp8E4M3,  // value / *kv_cache_scale, saturated
+  kFp8E4M3,  // value / *kv_cache_scale, saturated; OCP formats
   kFp8E5M2,
+  kFp8E4M3Fnuz,  // the same in the formats of AMD's gfx94x; not in CUDA builds
+  kFp8E5M2Fnuz,
 };
 
 // Strides count elements of the tensor that they belong to.

@@ -53,6 +53,10 @@ void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind 
       return store_fp8<Fp8::kE4M3>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
     case CacheKind::kFp8E5M2:
       return store_fp8<Fp8::kE5M2>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
+    case CacheKind::kFp8E4M3Fnuz:
+      return store_fp8<Fp8::kE4M3Fnuz>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
+    case CacheKind::kFp8E5M2Fnuz:
+      return store_fp8<Fp8::kE5M2Fnuz>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
   }
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // float <-> bf16, fp16 and fp8, for host and device alike. The bit-level versions serve the CPU, ROCm and GPUs without
-// the instruction; where a GPU has it, the instruction gives the same bits.
+// the instruction; where an NVIDIA GPU has it, the instruction gives the same bits. AMD's fp8 instructions do not saturate
+// and could not be compared with the bit-level version on hardware yet, so ROCm stays with the latter.
 #pragma once
 
 #include <cstdint>
@@ -114,20 +115,30 @@ MLA_FN Float16 from_float<Float16>(float value) {
 #endif
 }
 
-enum class Fp8 { kE4M3, kE5M2 };
+// kE4M3 and kE5M2 are OCP's. The fnuz formats of AMD's gfx94x have no infinity and no -0, whose code is NaN instead, and
+// an exponent bias that is larger by one.
+enum class Fp8 { kE4M3, kE5M2, kE4M3Fnuz, kE5M2Fnuz };
 
-// OCP fp8, round to nearest even, saturating; NaN stays NaN.
+// Bits of a format's largest value, as fp8 and as float.
+template <Fp8 kFormat>
+constexpr uint32_t kLargest = kFormat == Fp8::kE4M3 ? 0x7eu : kFormat == Fp8::kE5M2 ? 0x7bu : 0x7fu;
+template <Fp8 kFormat>
+constexpr uint32_t kLargestAsFloat = kFormat == Fp8::kE4M3       ? 0x43e00000u   // 448
+                                     : kFormat == Fp8::kE4M3Fnuz ? 0x43700000u   // 240
+                                                                 : 0x47600000u;  // 57344
+
+// Round to nearest even, saturating (infinity too); NaN stays NaN.
 template <Fp8 kFormat>
 MLA_FN uint8_t to_fp8(float value) {
+  constexpr bool kIsE4M3 = kFormat == Fp8::kE4M3 || kFormat == Fp8::kE4M3Fnuz;
+  constexpr bool kIsFnuz = kFormat == Fp8::kE4M3Fnuz || kFormat == Fp8::kE5M2Fnuz;
   const uint32_t bits = bits_from_float(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
-  constexpr bool kIsE4M3 = kFormat == Fp8::kE4M3;
-  constexpr uint32_t kLargest = kIsE4M3 ? 0x7eu : 0x7bu;  // 448 and 57344
-  constexpr uint32_t kLargestAsFloat = kIsE4M3 ? 0x43e00000u : 0x47600000u;
-  if (magnitude >= kLargestAsFloat) return static_cast<uint8_t>(sign | kLargest);
-  const uint32_t rounded = kIsE4M3 ? round_magnitude<3, -6>(magnitude) : round_magnitude<2, -14>(magnitude);
+  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(kIsFnuz ? 0x80u : sign | 0x7fu);
+  if (magnitude >= kLargestAsFloat<kFormat>) return static_cast<uint8_t>(sign | kLargest<kFormat>);
+  const uint32_t rounded = round_magnitude<kIsE4M3 ? 3 : 2, (kIsE4M3 ? -6 : -14) - (kIsFnuz ? 1 : 0)>(magnitude);
+  if (kIsFnuz && rounded == 0) return 0;
   return static_cast<uint8_t>(sign | rounded);
 }
 
@@ -139,6 +150,7 @@ MLA_FN uint16_t to_fp8_pair(float low, float high) {
   if constexpr (kFormat == Fp8::kE4M3) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   } else {
+    static_assert(kFormat == Fp8::kE5M2);
     asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
   }
   return pair;

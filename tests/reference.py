@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-FP8 = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+FP8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+    "fp8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "fp8_e5m2fnuz": torch.float8_e5m2fnuz,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Case:
     scale: float = 0.37
 
     def but(self, **changes) -> Case:
-        return replace(self, name="-".join([self.name, *(f"{key}={value}" for key, value in changes.items())]), **changes)
+        return replace(
+            self, name="-".join([self.name, *(f"{key}={value}" for key, value in changes.items())]), **changes
+        )
 
 
 @dataclass
@@ -98,7 +106,9 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     cache_dtype = torch.uint8 if case.kv_cache_dtype in FP8 else case.dtype
     row_stride = width + case.row_pad
     block_stride = case.block_size * row_stride + case.block_pad
-    storage = torch.randint(0, 256, (num_blocks * block_stride * cache_dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    storage = torch.randint(
+        0, 256, (num_blocks * block_stride * cache_dtype.itemsize,), generator=generator, dtype=torch.uint8
+    )
     storage = storage.to(device).view(cache_dtype)
     return Inputs(
         positions=positions.to(device),

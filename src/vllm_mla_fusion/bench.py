@@ -182,7 +182,9 @@ def _copy_bandwidth(replays: int) -> float:
 def measure_cell(cell: Cell, replays: int) -> Row:
     """Times one cell: ours, and stock vLLM's if it is installed, on the same inputs."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    count = min(_MAX_SETS, max(2, math.ceil(3 * l2_bytes / cell.bytes_moved)), max(2, _MAX_BYTES // (6 * cell.bytes_moved)))
+    count = min(
+        _MAX_SETS, max(2, math.ceil(3 * l2_bytes / cell.bytes_moved)), max(2, _MAX_BYTES // (6 * cell.bytes_moved))
+    )
     sets = list(_sets(cell, count, "cuda"))
     num_calls = max(_MIN_CALLS, min(_MAX_CALLS, 4 * count))
 
@@ -213,7 +215,8 @@ def run(cells: list[Cell], replays: int, say: Callable[[str], None] = print) -> 
 
         versions["vllm"] = vllm.__version__
     report = Report(torch.cuda.get_device_name(), versions, replays, _floor(replays), _copy_bandwidth(replays))
-    say(f"{report.gpu}, {versions}; one-element kernel {report.floor:.2f} us, copy {report.copy_bandwidth / 1e12:.2f} TB/s")
+    copy = report.copy_bandwidth / 1e12
+    say(f"{report.gpu}, {versions}; one-element kernel {report.floor:.2f} us, copy {copy:.2f} TB/s")
     for index, cell in enumerate(cells):
         report.rows.append(measure_cell(cell, replays))
         say(f"[{index + 1}/{len(cells)}] {_line(report.rows[-1], report)}")
@@ -230,7 +233,11 @@ def variants() -> list[Cell]:
     cells = []
     for tokens in (64, 4096):
         base = Cell(tokens, 16)
-        cells += [base, Cell(tokens, 16, is_neox=True), Cell(tokens, 16, dtype=torch.float16, cos_sin_dtype=torch.float16)]
+        cells += [
+            base,
+            Cell(tokens, 16, is_neox=True),
+            Cell(tokens, 16, dtype=torch.float16, cos_sin_dtype=torch.float16),
+        ]
         cells += [Cell(tokens, 16, cos_sin_dtype=torch.float32), Cell(tokens, 16, "fp8"), Cell(tokens, 16, "fp8_e5m2")]
     return cells
 
@@ -295,7 +302,9 @@ def plot(report: Report, path: Path) -> None:
             for name, color in (("stock_unfused", "tab:gray"), ("stock_fused", "tab:orange"), ("ours", "tab:blue")):
                 points = [(row.cell.num_tokens, getattr(row, name)) for row in rows if getattr(row, name)]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, color=color, marker="o", ms=3, label=f"{name}, KV {dtype}")
+                    axis.plot(
+                        *zip(*points, strict=True), style, color=color, marker="o", ms=3, label=f"{name}, KV {dtype}"
+                    )
         axis.axhline(report.floor, color="k", lw=0.8, ls=":", label="one-element kernel")
         axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{count} heads, {report.gpu}")
         axis.grid(alpha=0.3)
@@ -320,7 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
     parser.add_argument("--heads", type=int, nargs="+", help=f"default: {HEADS}")
     parser.add_argument("--variants", action="store_true", help="time the other pairings and types instead of the grid")
-    parser.add_argument("--replays", type=int, default=30, help="graph replays per figure, of which the median is taken")
+    parser.add_argument(
+        "--replays", type=int, default=30, help="graph replays per figure, of which the median is taken"
+    )
     parser.add_argument("--out", type=Path, help="folder for kernel.md, kernel.json and kernel.png")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(arguments)

@@ -5,7 +5,7 @@ Differences that matter here, with the release that introduced them:
 
 - 0.20: `LayerName` arguments; unused slots are -1 in captured graphs too, which makes capturing the cache write safe.
 - 0.22: `fuse_rope_kvcache_cat_mla`, vLLM's own fusion of the same ops, off unless the partition is Inductor's.
-- 0.26: the sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
+- 0.26: sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
 - 0.28: MLA on the CPU platform, which compiles with plain Inductor and has no pass manager.
 - 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
 """
@@ -37,6 +37,7 @@ _MLA_ATTENTION = "vllm.model_executor.layers.attention.mla_attention"
 _POST_GRAD_HOOK = "post_grad_custom_post_pass"
 _ENVIRONMENT_FACTOR = "VLLM_MLA_FUSION"
 _PATCHED = "_mla_fusion_patched"
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 PrepareConfig = Callable[[Any, bool], None]
 AfterWarmUp = Callable[[Any, bool], None]
@@ -63,10 +64,16 @@ def support_status() -> tuple[bool, str]:
     release = _release(version)
     if release < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return False, f"vLLM {version} is too old: capturing the cache write in CUDA graphs is unsafe before {oldest}; upgrade vLLM"
+        return (
+            False,
+            f"vLLM {version} is too old: before {oldest} a captured cache write is unsafe; upgrade vLLM",
+        )
     if release[:2] > NEWEST_TESTED:
         newest = ".".join(map(str, NEWEST_TESTED))
-        return True, f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass"
+        return (
+            True,
+            f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass",
+        )
     return True, f"vLLM {version} is supported"
 
 
@@ -338,7 +345,8 @@ def _pass_manager_class() -> type:
         def configure(self, config: Any) -> None:
             super().configure(config)
             self.passes.insert(_position(self.passes), FusionPass())
-            self.fix_functionalization = ThenDefunctionalise(self.fix_functionalization)
+            last = getattr(self, "fix_functionalization")  # noqa: B009
+            self.fix_functionalization = ThenDefunctionalise(last)
 
     return FusionPassManager
 
@@ -416,6 +424,13 @@ def _default_writers() -> tuple[Any, ...]:
     return tuple(writers)
 
 
+def kernel_cache_dtype(kv_cache_dtype: str) -> str:
+    """The kernel's name of a cache dtype of vLLM: its fp8 is OCP's, or fnuz where `current_platform.fp8_dtype()` is."""
+    if kv_cache_dtype not in _FP8 or _platform().fp8_dtype() != torch.float8_e4m3fnuz:
+        return kv_cache_dtype
+    return "fp8_e5m2fnuz" if kv_cache_dtype == "fp8_e5m2" else "fp8_e4m3fnuz"
+
+
 def why_not_replaced(layer: Any, kv_cache: torch.Tensor, kv_cache_dtype: str, kv_c: torch.Tensor) -> str | None:
     """Why our kernel may not write this layer's cache in the place of vLLM's writer; None if it may."""
     return _layer_problem(layer) or _cache_problem(kv_cache, kv_cache_dtype, layer, kv_c.dtype)
@@ -440,6 +455,8 @@ def _cache_problem(kv_cache: torch.Tensor, kv_cache_dtype: str, layer: Any, dtyp
         return f"cache layout {tuple(kv_cache.shape)} is not [num_blocks, block_size, {width}]"
     if kv_cache_dtype in ("auto", "bfloat16", "float16"):
         return None if kv_cache.dtype == dtype else f"the cache is {kv_cache.dtype}, the latent {dtype}"
-    if kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2") and kv_cache.is_cuda:
+    if kv_cache_dtype == "fp8_e5m2" and _platform().is_rocm():
+        return "vLLM's writer knows no fp8_e5m2 on ROCm, and its attention would read it as e4m3"
+    if kv_cache_dtype in _FP8 and kv_cache.is_cuda:
         return None if kv_cache.dtype == torch.uint8 else f"the fp8 cache is {kv_cache.dtype}, not torch.uint8"
     return f"cache dtype {kv_cache_dtype!r} on {kv_cache.device.type}"

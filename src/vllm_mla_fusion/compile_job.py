@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def _end_with_parent() -> None:
-    """Kills this process group when stdin closes: the builder has died or given up."""
+    """Ends this process group when stdin closes: the builder has died. ninja passes the signal on to the compilers."""
     os.read(sys.stdin.fileno(), 1)
-    os.killpg(0, signal.SIGKILL)
+    os.killpg(0, signal.SIGTERM)
 
 
 def main(job: Path) -> None:

@@ -7,10 +7,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from vllm_mla_fusion import toolchain
@@ -42,7 +43,12 @@ HIP_FLAGS = (
     "-U__HIP_NO_HALF_OPERATORS__",
     "-U__HIP_NO_HALF_CONVERSIONS__",
 )
-BACKEND_DEFINES = {"cpu": (), "cuda": ("-DMLA_FUSION_GPU", "-DUSE_CUDA"), "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM")}
+# USE_CUDA on ROCm too: torch declares its C function for the current stream, one name for both, under that macro only.
+BACKEND_DEFINES = {
+    "cpu": (),
+    "cuda": ("-DMLA_FUSION_GPU", "-DUSE_CUDA"),
+    "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM", "-DUSE_CUDA"),
+}
 LINK_FLAGS = ("-Wl,--as-needed",)
 
 
@@ -58,7 +64,7 @@ def csrc_dir() -> Path:
     """
     package = Path(__file__).resolve().parent
     for folder in (package / "csrc", package.parents[1] / "csrc"):
-        if folder.is_dir():
+        if any(folder.glob("*.cpp")):
             return folder
     raise BuildError(f"The kernel sources are missing from {package}.", "pip install --force-reinstall vllm-mla-fusion")
 
@@ -163,51 +169,43 @@ def _child_environment(work: Path, target: Target, tools: Toolchain) -> dict[str
 
 
 def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, int], None] | None) -> tuple[str, int]:
-    """Runs compile_job in a process group of its own, which ends when this process does."""
-    with _ended(
-        subprocess.Popen(
-            [sys.executable, "-m", "vllm_mla_fusion.compile_job", str(work / "job.json")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            cwd=work,
-            env=environment,
-            start_new_session=True,
-        )
-    ) as child:
-        assert child.stdout is not None
-        lines = []
-        for line in child.stdout:
-            lines.append(line)
-            step = re.match(r"\[(\d+)/(\d+)\]", line)
-            if step and progress:
-                progress(int(step[1]), int(step[2]))
-        return "".join(lines), child.wait()
+    """Runs compile_job in a process group of its own, which ends when this process does or after the time limit."""
+    lines: list[str] = []
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vllm_mla_fusion.compile_job", str(work / "job.json")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=work,
+        env=environment,
+        start_new_session=True,
+    )
 
-
-@contextlib.contextmanager
-def _ended(child: "subprocess.Popen[str]") -> Iterator["subprocess.Popen[str]"]:
-    """Kills the child's process group after the time limit and on any exception."""
-
-    def kill() -> None:
+    def end() -> None:
+        # SIGTERM, not SIGKILL: ninja passes it on to the compilers, which are in process groups of their own.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, 9)
+            os.killpg(child.pid, signal.SIGTERM)
 
-    timer = threading.Timer(COMPILE_TIMEOUT_SECONDS, kill)
+    def expire() -> None:
+        lines.append(f"error: gave up after {COMPILE_TIMEOUT_SECONDS:.0f} s\n")
+        end()
+
+    timer = threading.Timer(COMPILE_TIMEOUT_SECONDS, expire)
     timer.start()
-    try:
-        yield child
-    except BaseException:
-        kill()
-        raise
-    finally:
-        timer.cancel()
-        for pipe in (child.stdin, child.stdout):
-            if pipe:
-                pipe.close()
-        child.wait()
+    with child:
+        try:
+            for line in child.stdout or ():
+                lines.append(line)
+                step = re.match(r"\[(\d+)/(\d+)\]", line)
+                if step and progress:
+                    progress(int(step[1]), int(step[2]))
+            return "".join(lines), child.wait()
+        finally:
+            timer.cancel()
+            if child.poll() is None:
+                end()
 
 
 def compile_error(output: str, log: Path) -> BuildError:

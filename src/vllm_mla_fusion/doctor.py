@@ -2,7 +2,7 @@
 """Looks at this machine and says whether the fusion will work on it. Changes nothing, asks no network."""
 
 import difflib
-import importlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -47,12 +47,21 @@ def diagnose(model: str | None = None) -> list[Check]:
     Args:
         model: Directory, config.json, or name of a model in the local Hugging Face cache.
     """
-    checks: list[Check] = []
-    for examine in (_python, _torch, _vllm, _plugin, _gpus, _compilers, _cache, _kernel, _activation, _variables):
-        checks += _safely(examine)
+    examinations: dict[str, Callable[[], Iterator[Check]]] = {
+        "python": _python,
+        "torch": _torch,
+        "vllm": _vllm,
+        "plugin": _plugin,
+        "gpu": _gpus,
+        "compilers": _compilers,
+        "cache": _cache,
+        "kernel": _kernel,
+        "activation": _activation,
+        "environment": _variables,
+    }
     if model is not None:
-        checks += _safely(lambda: _model(model))
-    return checks
+        examinations["model"] = functools.partial(_model, model)
+    return [check for name, examine in examinations.items() for check in _safely(name, examine)]
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
@@ -60,9 +69,8 @@ def as_json(checks: list[Check]) -> dict[str, Any]:
     return {"ok": not any(check.status == "problem" for check in checks), "checks": [asdict(c) for c in checks]}
 
 
-def _safely(examine: Callable[[], Iterator[Check]]) -> list[Check]:
+def _safely(name: str, examine: Callable[[], Iterator[Check]]) -> list[Check]:
     """A check that fails itself is a finding, never a traceback."""
-    name = getattr(examine, "__name__", "model").strip("_<>")
     found: list[Check] = []
     try:
         found += examine()
@@ -165,16 +173,16 @@ def _cache() -> Iterator[Check]:
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if existing == root:
         cache.check_private(root)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        status: Literal["note", "problem"] = "note" if _built(target.detect_target()) else "problem"
-        yield Check("cache", status, f"{existing} cannot be written", cache.OTHER_DIR)
-        return
+    # A finished kernel needs no room and no permission to write.
+    status: Literal["note", "problem"] = "note" if _built(target.detect_target()) else "problem"
     free = shutil.disk_usage(existing).free // 2**20
-    if free < cache.BUILD_MEGABYTES:
-        remedy = "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk."
-        yield Check("cache", "problem", f"{root}: only {free} MB free, a build takes {cache.BUILD_MEGABYTES}", remedy)
-        return
-    yield Check("cache", "ok", f"{root}{'' if existing == root else ' (not created yet)'}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        yield Check("cache", status, f"{existing} cannot be written", cache.OTHER_DIR)
+    elif free < cache.BUILD_MEGABYTES:
+        detail = f"{root}: only {free} MB free, a build takes up to {cache.BUILD_MEGABYTES}"
+        yield Check("cache", status, detail, "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk.")
+    else:
+        yield Check("cache", "ok", f"{root}{'' if existing == root else ' (not created yet)'}")
 
 
 def _kernel() -> Iterator[Check]:
@@ -210,8 +218,8 @@ def _variables(environment: Mapping[str, str] = os.environ) -> Iterator[Check]:
 def _model(model: str) -> Iterator[Check]:
     try:
         found = check_model(model)
-    except ConfigNotFoundError as error:
-        remedy = "Give a directory with config.json, or download the config once where there is a network."
+    except (ConfigNotFoundError, ValueError) as error:
+        remedy = "Give a directory with a sound config.json, or download the config once where there is a network."
         yield Check("model", "problem", str(error), remedy)
         return
     if found.fuses == "yes":

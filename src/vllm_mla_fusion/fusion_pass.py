@@ -169,8 +169,8 @@ def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site
     op = _rotary_op(node, ops)
     assert op is not None
     kwargs = node.kwargs
-    if kwargs.get("rope_dim_offset") or kwargs.get("inverse"):
-        raise _NoMatch("the rotary op rotates another part of the head, or backwards")
+    if kwargs.get("rope_dim_offset") or kwargs.get("inverse") or kwargs.get("offsets") is not None:
+        raise _NoMatch("the rotary op rotates another part of the head, backwards, or by other positions")
     key, query = kwargs["key"], kwargs["query"]
     if not isinstance(key, fx.Node) or not isinstance(query, fx.Node):
         raise _NoMatch("the rotary op has no key or no query")
@@ -199,7 +199,7 @@ def _match_native(update: fx.Node, k_rotated: fx.Node, cone: list[fx.Node], gath
         raise _NoMatch("what lies between the key and the cache is not a rotary embedding")
     k_pe, is_neox = key
     attention = _attention_of(update)
-    queries = []
+    queries: list[_Site] = []
     for q_rotated in _downstream(gather):
         if q_rotated in cone or len(_shape(q_rotated)) != 3:
             continue
@@ -320,7 +320,8 @@ def _drop_self_scatters(graph: fx.Graph) -> None:
     """x with its own slice written into it is x (left behind by an in-place op on a slice that is then assigned)."""
     for scatter in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
         base, source = scatter.args[:2]
-        if _storage(base) == _storage(source) is not None and _geometry(source) == _scatter_geometry(scatter):
+        assert isinstance(base, fx.Node)
+        if _is_in_storage_of(source, base) and _writes_to(scatter, source):
             scatter.replace_all_uses_with(base)
             graph.erase_node(scatter)
 
@@ -359,12 +360,15 @@ def _scatters_of(q_pe_out: fx.Node, q_pe: fx.Node) -> list[tuple[fx.Node, fx.Nod
             found += [*_scatters_of(user, q_pe), (user, q_pe)]
         elif user.target is aten.slice_scatter.default and user.args[1] is q_pe_out:
             base = user.args[0]
-            if _storage(base) == _storage(q_pe) and _scatter_geometry(user) == _geometry(q_pe):
+            assert isinstance(base, fx.Node)
+            if _is_in_storage_of(q_pe, base) and _writes_to(user, q_pe):
                 found.append((user, base))
     return found
 
 
-def _make_in_place(graph: fx.Graph, fused: fx.Node, ops: FusionOps, replacements: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+def _make_in_place(
+    graph: fx.Graph, fused: fx.Node, ops: FusionOps, replacements: list[tuple[fx.Node, fx.Node]]
+) -> fx.Node:
     k_pe_out = _result_of(fused, 0)
     with graph.inserting_before(fused):
         call = graph.call_function(ops.fused, (), dict(fused.kwargs))
@@ -419,32 +423,46 @@ def _storage(node: Any) -> int | None:
 
 def _geometry(node: Any) -> tuple[Any, ...]:
     value = _fake(node)
-    return _symbolic(value.shape), _symbolic(value.stride()), *_symbolic([value.storage_offset()])
+    return *_symbolic(value.shape), *_symbolic(value.stride()), *_symbolic([value.storage_offset()])
 
 
 def _same_place(first: Any, second: Any) -> bool:
-    return _storage(first) == _storage(second) and _geometry(first) == _geometry(second)
+    return _is_in_storage_of(first, second) and _geometry(first) == _geometry(second)
+
+
+def _is_in_storage_of(first: Any, second: Any) -> bool:
+    return _storage(first) is not None and _storage(first) == _storage(second)
+
+
+def _writes_to(scatter: fx.Node, view: Any) -> bool:
+    """Whether a slice_scatter writes where `view` is; both in one storage."""
+    try:
+        return _scatter_geometry(scatter) == _geometry(view)
+    except _NoMatch:
+        return False
 
 
 def _scatter_geometry(scatter: fx.Node) -> tuple[Any, ...]:
     """Where in its base a slice_scatter writes: shape, strides and offset of that slice."""
     base, source, *rest = scatter.args
-    dim, start, _, step = (*rest, *(0, None, None, 1)[len(rest) :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, _, step = (*rest, *defaults[len(rest) :])
     value = _fake(base)
-    assert isinstance(dim, int)
-    assert isinstance(step, int)
-    strides = list(value.stride())
-    offset = value.storage_offset() + (start or 0) * strides[dim]
+    start = start or 0
+    if not isinstance(dim, int) or not isinstance(start, int) or not isinstance(step, int):
+        raise _NoMatch(f"{scatter} writes to a place that is not constant")
+    strides: list[Any] = list(value.stride())
+    offset = value.storage_offset() + start * strides[dim]
     strides[dim] *= step
-    return _symbolic(_fake(source).shape), _symbolic(strides), *_symbolic([offset])
+    return *_symbolic(_fake(source).shape), *_symbolic(strides), *_symbolic([offset])
 
 
 def _gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(table, rows) if the node picks rows of a table."""
-    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        return node.args[0], node.args[1][0]  # type: ignore[return-value, index]
+    if node.target is aten.index.Tensor and len(node.args[1]) == 1:
+        return node.args[0], node.args[1][0]
     if node.target is aten.index_select.default and node.args[1] == 0:
-        return node.args[0], node.args[2]  # type: ignore[return-value]
+        return node.args[0], node.args[2]
     return None
 
 
@@ -540,13 +558,13 @@ class _Probe:
         rotary = _rotary_op(node, self._ops)
         if rotary is not None:
             is_neox = bool(node.kwargs[rotary.is_neox])
-            return (None, *(self._rotate(self._value(node.kwargs[name]), is_neox) for name in ("query", "key")))  # type: ignore[arg-type]
+            return None, *(self._rotate(self._value(node.kwargs[name]), is_neox) for name in ("query", "key"))
         args = fx.map_arg(node.args, self._value)
         if node.target in _PRECISION_CHANGES:
             return args[0]
         kwargs = {name: self._value(arg) if isinstance(arg, fx.Node) else arg for name, arg in node.kwargs.items()}
         args = torch.utils._pytree.tree_map_only(torch.SymInt, _probe_size, args)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
     def _leaf(self, node: fx.Node) -> Any:
         value = node.meta.get("val")

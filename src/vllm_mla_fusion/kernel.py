@@ -18,15 +18,16 @@ KV cache. Arguments, in order:
   rotated for all tokens all the same.
 - `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]`, any block and row stride. **Rows of the slots are
   written**, no other byte. An empty cache is not written.
-- `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache in
-  uint8; the values divided by `kv_cache_scale`, saturated).
+- `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache
+  in uint8, OCP formats; the values divided by `kv_cache_scale`, saturated), `fp8_e4m3fnuz`, `fp8_e5m2fnuz` (the same in
+  the formats of AMD's gfx94x; on the CPU and on ROCm).
 - `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only.
 - `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
 
-The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock vLLM
-does. The op runs on the device and the current stream of `q_pe`, never synchronises, and can be captured in a CUDA graph.
-Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError with the argument,
-what was expected and what came, before anything is written.
+The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock
+vLLM does. The op runs on the device and the current stream of `q_pe`, never synchronises, and can be captured in a CUDA
+graph. Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError with the
+argument, what was expected and what came, before anything is written.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ NAMESPACE = "mla_fusion"
 
 @functools.cache
 def load() -> build.Target:
-    """Builds the library if it is not in the cache, loads it, registers the fake implementation; returns what it is for.
+    """Builds the library if it is not in the cache, loads it and registers the fake; returns what it is for.
 
     Raises:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.

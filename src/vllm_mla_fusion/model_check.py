@@ -96,12 +96,15 @@ def check_model(model: str) -> ModelCheck:
 
     Raises:
         ConfigNotFoundError: See `find_config`.
-        ValueError: The file is no JSON object.
+        ValueError: The file cannot be read or is no JSON object.
     """
     path = find_config(model)
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise ValueError(f"{path} cannot be read: not a JSON object")
     return judge(next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config))
 
 

@@ -56,7 +56,7 @@ def fused_concat_and_cache_mla_rope(
         rotate_dtype = "auto"
         kv_cache = kv_c.new_empty((0, 1, kv_c.shape[1] + rot_dim))
     else:
-        rotate_dtype = kv_cache_dtype
+        rotate_dtype = compat.kernel_cache_dtype(kv_cache_dtype)
     kernel.op()(
         positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slots, kv_cache, rotate_dtype, kv_cache_scale, k_pe_out
     )

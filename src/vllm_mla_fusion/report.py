@@ -31,9 +31,13 @@ def _problems(vllm_config: Any) -> dict[str, str]:
     """Why each MLA layer that is not fused is not."""
     not_compiled = compat.not_compiled_reason(vllm_config)
     in_graph = "; ".join(_left_alone) or compat.config_problem(vllm_config)
-    not_seen = not_compiled or in_graph or (
-        "its graph has no cache update beside a rotary embedding (explicit splitting_ops, a model with its own fused "
-        "rotary embedding or none, or graphs from vLLM's compile cache)"
+    not_seen = (
+        not_compiled
+        or in_graph
+        or (
+            "its graph has no cache update beside a rotary embedding (explicit splitting_ops, a model with its own "
+            "fused rotary embedding or none, or graphs from vLLM's compile cache)"
+        )
     )
     problems = {}
     for name, layer in compat.mla_layers(vllm_config).items():
@@ -95,5 +99,6 @@ def _summary(problems: dict[str, str]) -> str:
     for name, reason in problems.items():
         by_reason.setdefault(reason, []).append(name)
     return "; ".join(
-        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}" for reason, names in by_reason.items()
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in by_reason.items()
     )

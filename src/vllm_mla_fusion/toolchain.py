@@ -19,6 +19,7 @@ from vllm_mla_fusion.target import Backend
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
 DEFAULT_ROCM_HOME = Path("/opt/rocm")
 PIP_NVCC = "nvidia-cuda-nvcc"
+PIP_PARTS = (PIP_NVCC, "nvidia-nvvm", "nvidia-cuda-crt")
 
 CXX_REMEDY = "Install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set CXX to one."
 NINJA_REMEDY = "pip install ninja"
@@ -115,15 +116,18 @@ def find_cuda(torch_cuda: str) -> Toolkit:
     """
     rejected = []
     for origin, home in _cuda_candidates():
-        flaw = _cuda_flaw(home, torch_cuda)
+        flaw = _cuda_flaw(home, torch_cuda) or (_pip_flaw() if origin.startswith("pip ") else None)
         if flaw is None:
             return Toolkit(home, home / "bin" / "nvcc", origin)
         rejected.append(f"  {origin} ({home}): {flaw}")
     tried = "\n".join(rejected) or "  nothing: CUDA_HOME is not set, no nvcc on PATH, no /usr/local/cuda"
     major = torch_cuda.split(".")[0]
+    wheels = " ".join(f"'{part}=={major}.*'" for part in PIP_PARTS)
+    # pip has a complete nvcc from CUDA 13 on.
+    by_pip = f"pip install -U {wheels} ; or i" if major.isdigit() and int(major) >= 13 else "I"
     raise BuildError(
         f"No CUDA toolkit that fits torch's CUDA {torch_cuda}. Looked at:\n{tried}",
-        f"pip install 'cuda-toolkit[nvcc,cccl,cudart]=={torch_cuda}.*', or set CUDA_HOME to a CUDA {major} toolkit.",
+        f"{by_pip}nstall a CUDA {major} toolkit and set CUDA_HOME to it.",
     )
 
 
@@ -203,6 +207,14 @@ def _cuda_flaw(home: Path, torch_cuda: str) -> str | None:
     return None
 
 
+def _pip_flaw() -> str | None:
+    """pip lets the parts of nvcc have different versions, but its ptxas refuses what a newer nvvm writes."""
+    versions = {part: _wheel_version(part) for part in PIP_PARTS}
+    if len({version.rsplit(".", 1)[0] for version in versions.values() if version}) > 1:
+        return "its parts do not fit together: " + ", ".join(f"{part} {found}" for part, found in versions.items())
+    return None
+
+
 @functools.cache
 def _home_by_nvcc(nvcc: str) -> Path | None:
     """The toolkit behind a wrapper script: a dry run prints the directory of the real nvcc."""
@@ -222,6 +234,13 @@ def _wheel_files(distribution: str) -> list[Path]:
     except importlib.metadata.PackageNotFoundError:
         return []
     return [Path(str(file.locate())).resolve() for file in files]
+
+
+def _wheel_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _version(command: tuple[str, ...]) -> str:

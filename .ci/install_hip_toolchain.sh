@@ -1,0 +1,17 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Compilers for AMD GPUs on a Debian or Ubuntu machine without one: what tests/test_hip.py needs. Run as root; may be run
+# again. clang 19 compiles up to gfx942, the clang 22 in the ziglang wheel gfx950; headers and device libraries are HIP's.
+set -euo pipefail
+
+packages=(clang-19 lld-19 llvm-19 clang-tools-19 rocm-device-libs libamdhip64-dev)
+if ! dpkg -s "${packages[@]}" >/dev/null 2>&1; then
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}"
+fi
+
+python=${PYTHON:-python3}
+zig=0.17.1
+if [ "$("$python" -c 'import importlib.metadata as m; print(m.version("ziglang"))' 2>/dev/null)" != "$zig" ]; then
+  "$python" -m pip install --quiet --no-deps "ziglang==$zig"
+fi

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""csrc/ for AMD GPUs on a machine without one: hipified, compiled by clang, or compiled to run on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+from torch.utils.hipify import hipify_python
+
+from vllm_mla_fusion import build, compiling
+from vllm_mla_fusion.target import Target
+
+HERE = Path(__file__).parent
+EMULATION = HERE / "hip_emulation"
+INSTALL = ".ci/install_hip_toolchain.sh"
+BITCODE = Path("/usr/lib/x86_64-linux-gnu/amdgcn/bitcode")
+CLANG_RESOURCES = "/usr/lib/llvm-19/lib/clang/19"
+
+# Number of device library's ISA version files that Debian's HIP 5.2 does not have, and what they say.
+NEWER_ISA = {"gfx942": ("942", 9402), "gfx950": ("950", 9500), "gfx1100": ("1100", 11000)}
+NEEDS_CLANG_20 = {"gfx950"}
+
+
+def hipify(into: Path) -> Path:
+    """Copies csrc/ and hipifies the copy as torch.utils.cpp_extension.load does on ROCm; returns the .hip file."""
+    shutil.copytree(build.csrc_dir(), into)
+    hipify_python.hipify(
+        project_directory=str(into),
+        output_directory=str(into),
+        header_include_dirs=[str(into)],
+        extra_files=[str(path) for path in sorted(into.glob("*.c*")) if path.suffix != ".cuh"],
+        is_pytorch_extension=True,
+        show_progress=False,
+    )
+    (device_source,) = into.glob("*.hip")
+    return device_source
+
+
+def device_libraries(into: Path) -> Path:
+    """Debian's device libraries with an ISA version file for each newer GPU."""
+    into.mkdir()
+    for path in BITCODE.glob("*.bc"):
+        (into / path.name).symlink_to(path)
+    for name, number in NEWER_ISA.values():
+        linkage = "linkonce_odr protected local_unnamed_addr addrspace(4)"
+        ir = f"@__oclc_ISA_version = {linkage} constant i32 {number}, align 4"
+        command = [_tool("clang-19"), "-target", "amdgcn-amd-amdhsa", "-nogpulib", "-Wno-override-module"]
+        _run([*command, "-x", "ir", "-", "-emit-llvm", "-c", "-o", into / f"oclc_isa_version_{name}.bc"], ir)
+    return into
+
+
+def hip_command(arch: str, libraries: Path) -> list[str]:
+    """A HIP compiler for the architecture."""
+    command = [_tool("clang++-19")]
+    extra = []
+    if arch in NEEDS_CLANG_20:
+        zig = importlib.util.find_spec("ziglang")
+        triton = importlib.util.find_spec("triton")
+        assert zig, f"the Python package ziglang is missing; run {INSTALL}"
+        assert triton, "the Python package triton is missing; it comes with vLLM and has the headers of HIP 7"
+        command = [str(Path(zig.origin).parent / "zig"), "clang", "-target", "x86_64-linux-gnu"]
+        headers = Path(triton.origin).parent / "backends/amd/include"
+        # clang 22 has neither the header files of its HIP mode in this wheel nor the macro that HIP's headers use.
+        extra = ["-isystem", str(headers), "-resource-dir", CLANG_RESOURCES]
+        extra += ["-mcode-object-version=5", "-D__AMDGCN_WAVEFRONT_SIZE=64"]
+    return [
+        *command,
+        "-x",
+        "hip",
+        *extra,
+        "--rocm-path=/usr",
+        f"--rocm-device-lib-path={libraries}",
+        f"--offload-arch={arch}",
+    ]
+
+
+def assembly(source: Path, arch: str, libraries: Path, flags: Iterable[str] = ()) -> str:
+    """Device assembly of a hipified file, with the flags of the product's build and of torch; warnings are errors."""
+    out = source.with_suffix(f".{arch}.s")
+    product = compiling.device_flags(Target("rocm", (arch,)))
+    torchs = [flag for flag in cpp_extension.COMMON_HIPCC_FLAGS if flag != "-fno-gpu-rdc"]
+    command = [*hip_command(arch, libraries), *torchs, *product, "-Wall", "-Werror", "-Wno-pass-failed", *flags]
+    _run([*command, "--offload-device-only", "-S", source, "-o", out])
+    return out.read_text()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a device assembly: its name, its instructions, and what the code object says of its resources."""
+
+    name: str
+    instructions: list[str]
+    resources: dict[str, str]
+
+
+def kernels_of(text: str) -> list[Kernel]:
+    """All kernels of a device assembly."""
+    found = []
+    metadata = text[text.index("amdhsa.kernels:") :]
+    for entry in re.split(r"\n  - ", metadata)[1:]:
+        fields = dict(re.findall(r"^ *\.([a-z_]+): +'?([^'\n]+)'?$", entry, re.MULTILINE))
+        if "symbol" not in fields:
+            continue
+        name = fields["symbol"].removesuffix(".kd")
+        body = text[text.index(f"\n{name}:") :]
+        body = body[
+            : body.index("s_endpgm\n.Lfunc_end") if "s_endpgm\n.Lfunc_end" in body else body.index(".Lfunc_end")
+        ]
+        instructions = [line.split("//")[0].strip() for line in body.splitlines() if line.startswith("\t")]
+        found.append(Kernel(name, instructions, fields))
+    return found
+
+
+def build_emulation(work: Path) -> Emulation:
+    """The op with the hipified launch and device code behind it, for tensors on the CPU."""
+    device_source = hipify(work / "csrc")
+    as_cpp = device_source.with_suffix(".cpp")
+    device_source.rename(as_cpp)
+    includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]
+    common = ["-std=c++20", "-O1", "-g", "-fPIC", f"-Dmla_fusion={Emulation.NAMESPACE}"]
+    # The device's side of numeric.h, not the host's.
+    as_device = [f"-I{EMULATION}", "-D__HIPCC__", "-D__HIP_DEVICE_COMPILE__", "-DMLA_FUSION_GPU", "-DUSE_ROCM"]
+    # A misaligned 16-byte access works on the CPU and not on a GPU.
+    checks = ["-fsanitize=undefined", "-fno-sanitize-recover=all", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    units = {
+        as_cpp: [*as_device, *checks],
+        EMULATION / "run_cpu.cpp": [f"-I{EMULATION}", f"-I{work / 'csrc'}", "-DMLA_FUSION_GPU"],
+        work / "csrc/launcher.cpp": includes,
+        work / "csrc/binding.cpp": includes,
+    }
+    objects = []
+    for source, flags in units.items():
+        objects.append(work / f"{source.stem}.o")
+        _run([os.environ.get("CXX", "g++"), *common, *flags, "-c", source, "-o", objects[-1]])
+    library = work / "emulation.so"
+    torch_lib = Path(torch.__file__).parent / "lib"
+    link = ["-shared", "-fsanitize=undefined", f"-L{torch_lib}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    _run([os.environ.get("CXX", "g++"), *objects, *link, "-o", library])
+    torch.ops.load_library(library)
+    return Emulation(ctypes.CDLL(str(library)))
+
+
+class Emulation:
+    """The emulated op."""
+
+    NAMESPACE = "mla_fusion_emulated"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def run(self, arguments: tuple, wave_size: int, last_lane_first: bool) -> None:
+        """`concat_and_cache_mla_rope_fused` on tensors on the CPU."""
+        self._library.configure_emulation(wave_size, last_lane_first)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            torch.ops.mla_fusion_emulated.concat_and_cache_mla_rope_fused(*arguments)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _tool(name: str) -> str:
+    found = shutil.which(name)
+    assert found, f"{name} is missing; run {INSTALL}"
+    return found
+
+
+def _run(command: Iterable[object], text: str | None = None) -> None:
+    words = [str(word) for word in command]
+    done = subprocess.run(words, input=text, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vllm_mla_fusion import build, compat, compiling, doctor, target
+from vllm_mla_fusion.build import BuildError, Target
+from vllm_mla_fusion.cli import main
+from vllm_mla_fusion.model_check import ConfigNotFoundError, check_model, judge
+
+MLA = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 61}
+
+
+@pytest.fixture(autouse=True)
+def healthy(tmp_path, monkeypatch):
+    """A machine with nothing to complain about, and an empty cache."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "empty.cpp").write_text("int nothing;\n")
+    for module in (build, compiling):
+        monkeypatch.setattr(module, "csrc_dir", lambda: csrc)
+    monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLA_FUSION", "1")
+    for name in ("VLLM_PLUGINS", "MLA_FUSION_ARCH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [selection])
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "1.2.3")
+    monkeypatch.setattr(compat, "support_status", lambda: (True, "vLLM 1.2.3 is supported"))
+    monkeypatch.setattr(target, "torch_backend", lambda: "cpu")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def problems(*arguments: str) -> dict[str, dict]:
+    """The problems that ``doctor --json`` reports, by name; each must have a remedy."""
+    result = run("doctor", "--json", *arguments)
+    report = json.loads(result.output)
+    found = {check["name"]: check for check in report["checks"] if check["status"] == "problem"}
+    assert all(check["remedy"] for check in found.values())
+    assert report["ok"] == (not found)
+    assert result.exit_code == (1 if found else 0)
+    return found
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def test_healthy_machine():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "No problem found." in result.output
+    assert "not built yet for cpu" in result.output
+    assert "on: MLA_FUSION=1" in result.output
+    assert "\x1b" not in result.output, "no colour codes in a pipe"
+    assert not build.cache_dir().exists(), "the doctor changes nothing"
+
+
+def test_doctor_uses_no_network(monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise AssertionError("the doctor went to the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert list(problems("--model", "deepseek-ai/DeepSeek-V3")) == ["model"]
+
+
+def test_unknown_variables_get_a_suggestion(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_CACHEDIR", "/tmp")
+    found = problems()["environment"]
+    assert "MLA_FUSION_CACHEDIR" in found["detail"]
+    assert "Did you mean MLA_FUSION_CACHE_DIR?" in found["remedy"]
+    monkeypatch.delenv("MLA_FUSION_CACHEDIR")
+    monkeypatch.setenv("VLLM_MLA_FUSION", "1")
+    assert "Did you mean MLA_FUSION?" in problems()["environment"]["remedy"]
+
+
+def test_known_variables_are_all_that_the_package_reads():
+    package = Path(doctor.__file__).parent
+    used = set()
+    for path in package.rglob("*.py"):
+        used |= set(re.findall(r"""environ(?:\.get\(|\[)["'](MLA_FUSION\w*)""", path.read_text()))
+        used |= set(re.findall(r"""^VARIABLE = ["'](MLA_FUSION\w*)""", path.read_text(), re.MULTILINE))
+    assert used == set(doctor.KNOWN_VARIABLES)
+
+
+def test_activation(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION", "yes")
+    assert "strict" in problems()["activation"]["detail"]
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    assert problems() == {}
+    monkeypatch.delenv("MLA_FUSION")
+    assert problems() == {}
+    assert "-> export MLA_FUSION=1" in run("doctor").output
+
+
+def test_plugin_not_installed_or_not_allowed(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other" in problems()["plugin"]["detail"]
+    monkeypatch.setenv("VLLM_PLUGINS", "other,mla_fusion")
+    assert problems() == {}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [])
+    assert "pip install vllm-mla-fusion" in problems()["plugin"]["remedy"]
+
+
+def test_vllm_missing_or_unsupported(monkeypatch):
+    monkeypatch.setattr(compat, "support_status", lambda: (False, "vLLM 0.1 is too old"))
+    assert problems()["vllm"]["detail"] == "vLLM 0.1 is too old"
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: None)
+    assert "pip install vllm" in problems()["vllm"]["remedy"]
+
+
+def test_no_compiler_is_a_problem_until_the_kernel_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert list(problems()) == ["c++"]
+    monkeypatch.delenv("CXX")
+    assert run("build").exit_code == 0
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert problems() == {}
+    assert "built for cpu:" in run("doctor").output
+
+
+def test_cache_that_others_can_write():
+    build.cache_dir().mkdir()
+    build.cache_dir().chmod(0o777)
+    assert "chmod go-w" in problems()["cache"]["remedy"]
+
+
+def test_gpu_lines(monkeypatch, tmp_path):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [target.Gpu("GPU-1", "9.0", "NVIDIA H100")])
+    monkeypatch.setattr(target, "driver_version", lambda backend: "575.1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert checks["gpu"].detail == "0: NVIDIA H100, architecture 9.0"
+    assert checks["driver"].detail == "575.1"
+    assert "cuda-9.0" in checks["kernel"].detail
+    assert checks["nvcc"].status == "problem", "this torch has no CUDA version that a toolkit could fit"
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch):
+    def explode():
+        raise RuntimeError("sysfs on fire")
+
+    monkeypatch.setattr(compat, "support_status", explode)
+    assert "RuntimeError: sysfs on fire" in problems()["vllm"]["detail"]
+
+
+# ---- doctor --model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "fuses", "detail"),
+    [
+        ({}, "yes", "kv_lora_rank 512, qk_rope_head_dim 64, 61 MLA layers"),
+        ({"model_type": "longcat_flash", "num_layers": 28, "num_hidden_layers": None}, "yes", "56 MLA layers"),
+        ({"model_type": "bailing_hybrid"}, "yes", "some of 61 layers"),
+        ({"index_topk": 2048}, "no", "DSA"),
+        ({"model_type": "glm_moe_dsa"}, "no", "DSA"),
+        ({"model_type": "kimi_linear"}, "no", "no RoPE"),
+        ({"qk_rope_head_dim": 0}, "no", "no RoPE"),
+        ({"model_type": "deepseek_v4", "kv_lora_rank": None}, "no", "kernels of its own"),
+        ({"model_type": "minicpm3"}, "no", "ordinary attention"),
+        ({"kv_lora_rank": None}, "no", "no MLA layers"),
+        ({"model_type": "brand_new"}, "unknown", "read its report"),
+    ],
+)
+def test_judgement(change, fuses, detail):
+    found = judge({**MLA, **change})
+    assert found.fuses == fuses
+    assert detail in found.detail
+
+
+def test_model_directory_file_and_nested_text_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": MLA}))
+    assert check_model(str(tmp_path)).fuses == "yes"
+    assert check_model(str(tmp_path / "config.json")).model_type == "deepseek_v3"
+    result = run("doctor", "--model", str(tmp_path))
+    assert result.exit_code == 0
+    assert "deepseek_v3: fuses; kv_lora_rank 512" in result.output
+
+
+def test_model_that_does_not_fuse_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MLA, "index_topk": 2048}))
+    assert "has MLA layers, but they do not fuse" in problems("--model", str(tmp_path))["model"]["detail"]
+
+
+def test_model_in_the_local_hub_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(MLA))
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert check_model("org/name").fuses == "yes"
+
+
+@pytest.mark.parametrize("model", ["org/absent-model-of-nobody", "not a/valid/name", "/no/such/directory"])
+def test_model_that_is_not_here(model):
+    with pytest.raises(ConfigNotFoundError):
+        check_model(model)
+
+
+def test_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in problems("--model", str(tmp_path))["model"]["detail"]
+
+
+# ---- build, clean, bench --------------------------------------------------------------------------------------------
+
+
+def test_build_says_progress_path_and_time_then_clean():
+    result = run("build")
+    assert result.exit_code == 0, result.output
+    library = build.library_path(Target("cpu"))
+    assert re.search(r"\[2/2\] \d+\.\d s", result.output)
+    assert re.search(rf"cpu: {library} \(\d+\.\d s\)", result.output)
+    assert library.exists()
+    assert "[2/2]" not in run("build", "--arch", "cpu").output
+    assert "removed 1 built kernel from" in run("clean").output
+    assert not library.exists()
+    assert "removed 0 built kernels from" in run("clean").output
+
+
+def test_build_compiles_each_architecture_by_itself(monkeypatch, tmp_path):
+    asked = []
+
+    def pretend(wanted, say, progress):
+        asked.append(str(wanted))
+        (tmp_path / "build.log").write_text("")
+        return tmp_path / "mla_fusion.so"
+
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(build, "build", pretend)
+    assert run("build", "--arch", "9.0", "--arch", "10.0", "--arch", "9.0").exit_code == 0
+    assert asked == ["cuda-9.0", "cuda-10.0"]
+
+
+def test_build_without_a_gpu_says_what_it_builds(monkeypatch):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    monkeypatch.setattr(build, "build", lambda *arguments, **options: (_ for _ in ()).throw(BuildError("stop", "here")))
+    result = run("build")
+    assert "No GPU is visible: building the CPU kernel" in result.output
+    assert "--arch 9.0" in result.output
+
+
+def test_failures_exit_with_one_and_a_remedy(monkeypatch):
+    assert run("build", "--arch", "hopper").exit_code == 1
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    result = run("build")
+    assert result.exit_code == 1
+    assert "What to do: Install a C++ compiler" in result.output
+
+
+def test_bench_hands_its_arguments_on(monkeypatch):
+    module = types.ModuleType("vllm_mla_fusion.bench")
+    module.main = lambda arguments: 0 if arguments == ["--help", "--tokens", "8"] else 5
+    monkeypatch.setitem(sys.modules, "vllm_mla_fusion.bench", module)
+    assert run("bench", "--help", "--tokens", "8").exit_code == 0
+
+
+def test_bench_without_its_extra(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr("vllm_mla_fusion.cli.importlib.import_module", missing)
+    result = run("bench")
+    assert result.exit_code == 1
+    assert "matplotlib" in result.output
+    assert "pip install 'vllm-mla-fusion[bench]'" in result.output
+
+
+def test_python_dash_m():
+    shown = subprocess.run(
+        [sys.executable, "-m", "vllm_mla_fusion", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(command in shown for command in ("doctor", "build", "bench", "clean"))
+
+
+def test_importing_the_commands_starts_nothing():
+    code = "import sys, vllm_mla_fusion.cli; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
