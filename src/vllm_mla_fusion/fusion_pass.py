@@ -397,6 +397,7 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
     fused.meta["val"] = tuple(outputs)
     for result, value in zip(results, outputs, strict=True):
         result.meta["val"] = value
+    _allow_input_strides(k_rotated, outputs[0])
     k_rotated.replace_all_uses_with(results[0])
     _allow_output_strides(graph, results[0])
     # The attention op takes the update's empty result only to run after it; the new key orders them as well.
@@ -414,6 +415,17 @@ def _empty_like(graph: fx.Graph, update: fx.Node) -> fx.Node:
         empty = graph.call_function(aten.empty.memory_format, ([0],), {"dtype": value.dtype, "device": value.device})
     empty.meta["val"] = value
     return empty
+
+
+def _allow_input_strides(k_rotated: fx.Node, k_value: torch.Tensor) -> None:
+    """Where another op reads the key, Inductor would copy it to the strides that this op saw when it was traced."""
+    for user in k_rotated.users:
+        if "eager_input_vals" not in user.meta:
+            continue
+        args, kwargs = user.meta["eager_input_vals"]
+        args = tuple(k_value if user.args[i : i + 1] == (k_rotated,) else value for i, value in enumerate(args))
+        kwargs = {name: k_value if user.kwargs.get(name) is k_rotated else value for name, value in kwargs.items()}
+        user.meta["eager_input_vals"] = (args, kwargs)
 
 
 def _allow_output_strides(graph: fx.Graph, k_pe_out: fx.Node) -> None:

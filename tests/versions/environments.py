@@ -43,7 +43,7 @@ PLUGIN_ROOT = HERE.parents[1]
 
 
 def matrix_dir() -> Path:
-    """Cache of the matrix: about 6 GB per torch version and 0.15 GB per release."""
+    """Cache of the matrix: 5 to 6 GB per torch version and 0.3 GB per release."""
     default = Path.home() / ".cache" / "vllm-mla-fusion-matrix"
     return Path(os.environ.get("MLA_FUSION_MATRIX_DIR", default))
 

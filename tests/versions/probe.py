@@ -42,7 +42,7 @@ def _hook_problems() -> Iterable[str]:
 def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
     from vllm_mla_fusion import report
 
-    from . import graphs, hooks, stock_model, tracing
+    from . import codegen, graphs, hooks, stock_model, tracing
 
     report._layers.clear()
     report._left_alone.clear()
@@ -56,6 +56,7 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
     if graphs_folder is not None:
         trace.write(graphs_folder / f"{variant}.txt")
     yield from graphs.problems_of(variant, trace)
+    yield from codegen.problems_of(variant, trace.code)
     yield from (f"the pass says: {reason}" for reason in report._left_alone)
     with mode:
         yield from hooks.layer_problems(config, variant.cache_dtype)

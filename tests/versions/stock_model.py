@@ -58,6 +58,7 @@ def vllm_config(variant: Variant, folder: Path) -> VllmConfig:
         compilation_config={
             "custom_ops": ["+rotary_embedding"] if variant.rope.custom_op else [],
             "use_inductor_graph_partition": variant.inductor_partition,
+            "inductor_compile_config": {"benchmark_combo_kernel": False},  # there is nothing to benchmark on
         },
     )
     return arguments.create_engine_config()

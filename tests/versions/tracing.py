@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs vLLM's own compilation of a model and records each graph before and after its pass manager."""
+"""Runs vLLM's own compilation of a model; records each graph before and after its pass manager, and Inductor's code."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,49 +10,55 @@ from unittest.mock import patch
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.compilation import backends, compiler_interface
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
+
+from . import codegen
 
 NUM_TOKENS = 7
 
 
 @dataclass
 class Trace:
-    """What one compilation gave to vLLM's pass manager and got from it, graph by graph."""
+    """What one compilation gave to vLLM's pass manager, got from it and generated for it, graph by graph."""
 
     before: list[torch.fx.Graph] = field(default_factory=list)
     after: list[torch.fx.Graph] = field(default_factory=list)
+    code: list[str] = field(default_factory=list)
     complete: bool = False
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pairs = zip(self.before, self.after, strict=True)
-        path.write_text("\n\n".join(f"BEFORE\n{before}\nAFTER\n{after}" for before, after in pairs))
+        parts = zip(self.before, self.after, self.code, strict=True)
+        path.write_text("\n\n".join("BEFORE\n{}\nAFTER\n{}\nCODE\n{}".format(*part) for part in parts))
 
 
 class _Recorded(Exception):
-    """Ends a compilation after the post-grad passes: what follows needs a GPU."""
+    """Ends a compilation after code generation: what follows needs a GPU."""
 
 
 class _Recorder(CustomGraphPass):
-    def __init__(self, pass_manager: Any, trace: Trace) -> None:
+    def __init__(self, pass_manager: Any, trace: Trace, after_passes: ExitStack) -> None:
         self.pass_manager = pass_manager
         self.trace = trace
+        self.after_passes = after_passes
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.trace.before.append(_copy(graph))
         self.pass_manager(graph)
         self.trace.after.append(_copy(graph))
-        raise _Recorded
+        # Not earlier: Dynamo and vLLM would use the GPU that they believe in.
+        self.after_passes.enter_context(codegen.pretended_gpu())
 
     def uuid(self) -> Any:
         return self.pass_manager.uuid()
 
 
 def trace_compilation(model: torch.nn.Module, config: VllmConfig, mode: FakeTensorMode) -> Trace:
-    """Compile `model` as the first forward of a worker does, with fake tensors, and stop before code generation."""
+    """Compile `model` as a worker does, on fake tensors, and stop before the generated code is compiled."""
     trace = Trace()
     hidden_size = config.model_config.hf_config.hidden_size
     with _recording(trace), mode, set_forward_context(None, config), torch.no_grad():
@@ -70,12 +76,20 @@ def trace_compilation(model: torch.nn.Module, config: VllmConfig, mode: FakeTens
 
 @contextmanager
 def _recording(trace: Trace) -> Iterator[None]:
+    after_passes = ExitStack()
     stock_configure = backends.VllmBackend.configure_post_pass
     stock_call = backends.VllmBackend.__call__
+    stock_codegen = GraphLowering.codegen
 
     def configure_post_pass(backend: Any) -> None:
         stock_configure(backend)
-        backend.inductor_config[backend.pass_key] = _Recorder(backend.inductor_config[backend.pass_key], trace)
+        stock = backend.inductor_config[backend.pass_key]
+        backend.inductor_config[backend.pass_key] = _Recorder(stock, trace, after_passes)
+
+    def generate(lowering: GraphLowering) -> None:
+        wrapper, _ = stock_codegen(lowering)
+        trace.code.append(wrapper.value)
+        raise _Recorded
 
     def call(backend: Any, *args: Any, **kwargs: Any) -> None:
         stock_call(backend, *args, **kwargs)
@@ -85,15 +99,17 @@ def _recording(trace: Trace) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(backends.VllmBackend, "configure_post_pass", configure_post_pass))
         stack.enter_context(patch.object(backends.VllmBackend, "__call__", call))
+        stack.enter_context(patch.object(GraphLowering, "codegen", generate))
         for adaptor in (compiler_interface.InductorAdaptor, compiler_interface.InductorStandaloneAdaptor):
-            stack.enter_context(patch.object(adaptor, "compile", _stopping(adaptor.compile)))
+            stack.enter_context(patch.object(adaptor, "compile", _stopping(adaptor.compile, after_passes)))
         yield
 
 
-def _stopping(stock_compile: Callable[..., Any]) -> Callable[..., Any]:
+def _stopping(stock_compile: Callable[..., Any], after_passes: ExitStack) -> Callable[..., Any]:
     def compile_until_recorded(*args: Any, **kwargs: Any) -> tuple[Callable[..., None], None]:
         try:
-            stock_compile(*args, **kwargs)
+            with after_passes:
+                stock_compile(*args, **kwargs)
         except Exception as error:
             if not _caused_by_recording(error):
                 raise

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inductor's code for a CUDA device, generated where there is none, and what must hold for it."""
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from torch._dynamo import device_interface
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch.utils._triton import has_triton
+from triton import runtime
+from triton.backends.compiler import GPUTarget
+
+from .stock_model import NUM_LAYERS
+from .variants import GEOMETRIES, Variant
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    max_threads_per_block=1024,
+    max_threads_per_multi_processor=2048,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472,
+    total_memory=80 << 30,
+    warp_size=32,
+    L2_cache_size=50 << 20,
+)
+
+
+class _TritonDriver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Inductor sees an H100; nothing that it generates is compiled or timed."""
+    interface = device_interface.CudaInterface
+    stand_ins = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: H100,
+        "get_device_capability": lambda device=None: (H100.major, H100.minor),
+    }
+    runtime.driver.set_active(_TritonDriver())
+    with ExitStack() as stack:
+        stack.enter_context(patch.multiple(torch.cuda, **stand_ins))
+        stack.enter_context(patch.object(interface, "get_device_properties", lambda device=None: H100))
+        stack.enter_context(patch.dict(device_interface.caching_worker_device_properties, cuda=[H100]))
+        stack.enter_context(patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", lambda wrapper: None))
+        has_triton.cache_clear()
+        stack.callback(has_triton.cache_clear)
+        yield
+
+
+def problems_of(variant: Variant, code: list[str]) -> Iterator[str]:
+    """What shows that the query or the key is copied for the fused call, or more runs beside it than must."""
+    lines = "\n".join(code).splitlines()
+    calls = [line for line in lines if "fused_concat_and_cache_mla_rope.default(" in line]
+    if len(calls) != NUM_LAYERS:
+        yield f"{len(calls)} fused calls in the generated code, expected {NUM_LAYERS}"
+    for call in calls:
+        for name in ("q_pe", "k_pe"):
+            found = re.search(rf"{name}=reinterpret_tensor\((\w+),", call)
+            if found is None or not _is_written_by_projection(found[1], lines[: lines.index(call)]):
+                yield f"{name} is not a view of a projection's output: {call.strip()}"
+    launches = sum(".run(" in line for line in lines)
+    norms = 1 if GEOMETRIES[variant.geometry]["q_lora_rank"] is None else 2
+    allowed = NUM_LAYERS * (norms + variant.llama_4_scaling) + variant.llama_4_scaling
+    if launches > allowed:
+        yield f"{launches} Triton kernels are launched, at most {allowed} expected"
+
+
+def _is_written_by_projection(buffer: str, lines: list[str]) -> bool:
+    """Whether the last line that makes the buffer is a matrix product."""
+    for line in reversed(lines):
+        if f"out={buffer})" in line:
+            return "extern_kernels.mm(" in line
+        if made := re.match(rf"\s*{buffer} = (.+)", line):
+            alias = re.match(r"buf\d+", made[1])
+            return _is_written_by_projection(alias[0], lines) if alias else "fused_qkv_a_proj" in made[1]
+    return False
