@@ -19,6 +19,13 @@ constexpr bool kHasFnuz = false;
 constexpr bool kHasFnuz = true;
 #endif
 
+// Kernel arguments that need no copy; HIP does not know the word and makes none.
+#ifdef __NVCC__
+#define MLA_GRID_CONSTANT __grid_constant__
+#else
+#define MLA_GRID_CONSTANT
+#endif
+
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
@@ -188,8 +195,8 @@ struct Scale {
     const float estimate = scaled * reciprocal;
     const float better = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
     const float exact = fmaf(fmaf(-better, mantissa, scaled), reciprocal, better);
-    // An infinity has no remainder; anything that large saturates.
-    return fabsf(estimate) < 1e9f ? exact : estimate;
+    // An infinity has no remainder; anything that large saturates. The remainder of -0 is +0 and would take its sign.
+    return fabsf(estimate) < 1e9f ? copysignf(exact, estimate) : estimate;
   }
 };
 
@@ -392,7 +399,7 @@ __device__ __forceinline__ void run_query_heads(const Params& p, int64_t token, 
 
 // A block is (32 lanes, tasks of a token, tokens). Task 0 is the latent and the key, the others are heads of the query.
 template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= p.num_tokens) return;
@@ -406,7 +413,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const __gri
 
 // Any rot_dim, lora_rank, stride and alignment, one element at a time; a block is one token.
 template <typename Act>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = blockIdx.x;
   const int half = p.rot_dim / 2;
