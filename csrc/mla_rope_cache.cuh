@@ -195,8 +195,8 @@ struct Scale {
     const float estimate = scaled * reciprocal;
     const float better = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
     const float exact = fmaf(fmaf(-better, mantissa, scaled), reciprocal, better);
-    // An infinity has no remainder; anything that large saturates. The remainder of -0 is +0 and would take its sign.
-    return fabsf(estimate) < 1e9f ? copysignf(exact, estimate) : estimate;
+    // An infinity has no remainder; anything that large saturates.
+    return fabsf(estimate) < 1e9f ? exact : estimate;
   }
 };
 
