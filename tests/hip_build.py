@@ -121,6 +121,35 @@ def kernels_of(text: str) -> list[Kernel]:
     return found
 
 
+PRETENDED_HIP_TORCH = """import sys
+import torch
+torch.version.hip = "6.4.0"
+if "vllm_mla_fusion.compile_job" in sys.orig_argv:
+    torch.cuda._is_compiled = lambda: True
+"""
+STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+
+
+def pretended_rocm(home: Path, libraries: Path) -> dict[str, str]:
+    """A ROCm in `home`: clang as hipcc, the HIP runtime, and empty libraries of a ROCm torch; returns its environment.
+
+    The torch of a child process with this environment says that it is built for ROCm.
+    """
+    for folder in ("bin", "lib", "site"):
+        (home / folder).mkdir(parents=True)
+    hipcc = home / "bin/hipcc"
+    flags = f"--rocm-path=/usr --rocm-device-lib-path={libraries}"
+    hipcc.write_text(f'#!/bin/sh\nexec {_tool("clang++-19")} {flags} "$@"\n')
+    hipcc.chmod(0o755)
+    (home / "lib/libamdhip64.so").symlink_to("/usr/lib/x86_64-linux-gnu/libamdhip64.so")
+    for name, code in {"c10_hip": "", "torch_hip": STREAM}.items():
+        library = home / f"lib/lib{name}.so"
+        _run(["g++", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-x", "c++", "-", "-o", library], code)
+    (home / "site/sitecustomize.py").write_text(PRETENDED_HIP_TORCH)
+    paths = [str(home / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"ROCM_HOME": str(home), "LD_LIBRARY_PATH": str(home / "lib"), "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def build_emulation(work: Path) -> Emulation:
     """The ops with the hipified launch and device code behind them, for tensors on the CPU."""
     includes = [f"-I{path}" for path in cpp_extension.include_paths("cpu")]

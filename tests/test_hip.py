@@ -6,11 +6,14 @@ Needs the compilers of .ci/install_hip_toolchain.sh; no GPU and no ROCm.
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from hip_build import Kernel, assembly, device_libraries, hipify, kernels_of
+from hip_build import Kernel, assembly, device_libraries, hipify, kernels_of, pretended_rocm
 
 pytestmark = pytest.mark.hip
 
@@ -109,3 +112,43 @@ def test_an_unsupported_instruction_fails(libraries: Path, tmp_path: Path) -> No
     assembly(source, "gfx942", libraries)
     with pytest.raises(AssertionError, match="fp8-conversion-insts"):
         assembly(source, "gfx90a", libraries)
+
+
+BUILD_AND_RUN = """
+import torch
+from reference import Case, assert_within_one_rounding, make_inputs, rotate
+from vllm_mla_fusion import build, kernel
+target = kernel.load()
+print(target, build.build(target))
+inputs = make_inputs(Case("rocm", num_tokens=5, num_heads=4))
+result = inputs.clone()
+kernel.op()(*result.args())
+assert_within_one_rounding(result.q_pe, rotate(inputs.q_pe, inputs))
+"""
+
+
+def run_build(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    cache = {"MLA_FUSION_CACHE_DIR": str(tmp_path / "cache"), "MLA_FUSION_ARCH": "gfx942"}
+    paths = [environment["PYTHONPATH"], str(Path(__file__).parent)]
+    variables = os.environ | environment | cache | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-c", BUILD_AND_RUN], env=variables, capture_output=True, text=True)
+
+
+def test_the_whole_build(libraries: Path, tmp_path: Path) -> None:
+    """hipify, HIP compiler, link with HIP's runtime, and load: the library then serves tensors on the CPU."""
+    done = run_build(pretended_rocm(tmp_path / "rocm", libraries), tmp_path)
+    assert done.returncode == 0, done.stderr
+    target, library = done.stdout.split()
+    assert target == "rocm-gfx942"
+    # PYTORCH_ROCM_ARCH was limited to the one architecture; torch's default is a dozen.
+    assert set(re.findall(rb"amdgcn-amd-amdhsa--(gfx\w+)", Path(library).read_bytes())) == {b"gfx942"}
+
+
+def test_without_hipcc(libraries: Path, tmp_path: Path) -> None:
+    """The error says where hipcc was looked for and what to do, as on CUDA; the plugin then leaves vLLM stock."""
+    environment = pretended_rocm(tmp_path / "rocm", libraries)
+    (tmp_path / "rocm/bin/hipcc").unlink()
+    done = run_build(environment, tmp_path)
+    assert done.returncode != 0
+    assert f"No ROCm with bin/hipcc found. Looked at: ROCM_HOME ({tmp_path}/rocm)" in done.stderr
+    assert "Install ROCm, or set ROCM_HOME to it." in done.stderr
