@@ -19,6 +19,13 @@ constexpr bool kHasFnuz = false;
 constexpr bool kHasFnuz = true;
 #endif
 
+// Kernel arguments that need no copy; HIP does not know the word and makes none.
+#ifdef __NVCC__
+#define MLA_GRID_CONSTANT __grid_constant__
+#else
+#define MLA_GRID_CONSTANT
+#endif
+
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T at[kCount];
@@ -404,7 +411,7 @@ constexpr int kFirstQueryTask = kHeads == 1 ? 2 : 1;
 
 // A block is (32 lanes, tasks of a token, tokens).
 template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= p.num_tokens) return;
@@ -430,7 +437,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const __gri
 
 // Any rot_dim, lora_rank, stride and alignment, one element at a time; a block is one token.
 template <typename Act>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = blockIdx.x;
   const int half = p.rot_dim / 2;

@@ -22,10 +22,10 @@ def _library() -> None:
     kernel.load()
 
 
-def cached(values: torch.Tensor, kv_cache_dtype: str, device: str) -> torch.Tensor:
-    """The bytes that the op writes for latents of these values, unscaled."""
+def cached(values: torch.Tensor, kv_cache_dtype: str, device: str, scale: float = 1.0) -> torch.Tensor:
+    """The bytes that the op writes for latents of these values; finite ones are compared with torch's."""
     padded = torch.cat([values, values.new_zeros(-len(values) % RANK)]).view(-1, RANK)
-    case = Case("fp8", len(padded), num_heads=1, dtype=values.dtype, kv_cache_dtype=kv_cache_dtype, scale=1.0)
+    case = Case("fp8", len(padded), num_heads=1, dtype=values.dtype, kv_cache_dtype=kv_cache_dtype, scale=scale)
     inputs = make_inputs(case, device)
     inputs.kv_c = padded.to(device)
     before = inputs.clone()
@@ -62,6 +62,20 @@ def test_float32_values_around_every_rounding_boundary(device: str, kv_cache_dty
     random = torch.randint(-(1 << 31), 1 << 31, (20_000,), generator=torch.Generator().manual_seed(0)).int()
     values = torch.cat([points, random.view(torch.float32)])
     cached(values[values.isfinite()], kv_cache_dtype, device)
+
+
+@pytest.mark.parametrize("scale", [0.37, 3.0e-5, 1.9999999, 117.3, 2.0**-20])
+@pytest.mark.parametrize(("device", "kv_cache_dtype"), EVERYWHERE)
+def test_quotients_are_correctly_rounded(device: str, kv_cache_dtype: str, scale: float) -> None:
+    """Values whose quotient by the scale lies at or next to a rounding boundary of the format, in both activation types."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8[kv_cache_dtype]).float()
+    codes = codes[codes.isfinite()].sort().values
+    boundaries = torch.cat([codes, (codes[1:] + codes[:-1]) / 2]) * torch.tensor(scale)
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    near = torch.cat([boundaries, boundaries.nextafter(up), boundaries.nextafter(down), -torch.zeros(1)])
+    cached(near, kv_cache_dtype, device, scale)
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    cached(bits[bits.isfinite()], kv_cache_dtype, device, scale)
 
 
 def test_fnuz_has_no_negative_zero() -> None:

@@ -14,10 +14,12 @@ from hip_build import Kernel, assembly, device_libraries, hipify, kernels_of
 
 pytestmark = pytest.mark.hip
 
-# MI200, MI300 (fnuz fp8), MI350 (OCP fp8), and RDNA3 for its waves of 32.
-ARCHS = ["gfx90a", "gfx942", "gfx950", "gfx1100"]
+# MI200, MI300 (fnuz fp8), MI350 (OCP fp8).
+ARCHS = ["gfx90a", "gfx942", "gfx950"]
+WAVE32_ARCH = "gfx1100"
 LOADS_16_BYTES = re.compile(r"global_load_(dwordx4|b128)\b")
 STORES_16_BYTES = re.compile(r"global_store_(dwordx4|b128)\b")
+VECTOR = re.compile(r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELb(?P<quantise>[01])ELb(?P<norm>[01])E")
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +37,31 @@ def kernels(request: pytest.FixtureRequest, hipified: list[Path], libraries: Pat
     return [kernel for source in hipified for kernel in kernels_of(assembly(source, request.param, libraries))]
 
 
+def vector_kernels(kernels: list[Kernel]) -> list[tuple[Kernel, re.Match[str]]]:
+    """The vector kernels and their template arguments."""
+    return [(kernel, match) for kernel in kernels if (match := VECTOR.search(kernel.name))]
+
+
 def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
-    """Three activation types: a vector kernel per pairing and number of heads, and the general one."""
-    vector = [kernel for kernel in kernels if "mla_rope_cache_vector" in kernel.name]
+    """bf16 and fp16: a vector kernel per pairing, heads per lane, fp8 and norm; and a general one of every type."""
     general = [kernel for kernel in kernels if "mla_rope_cache_general" in kernel.name]
-    assert (len(vector), len(general), len(kernels)) == (12, 3, 15)
+    assert (len(vector_kernels(kernels)), len(general), len(kernels)) == (32, 3, 35)
     for kernel in kernels:
         assert len(kernel.instructions) > 100, kernel.name
 
 
 def test_vector_kernels_move_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
-    for kernel in kernels:
-        if "mla_rope_cache_vector" in kernel.name:
-            code = "\n".join(kernel.instructions)
-            # The query, the key, the latent and cos and sin are read; the query, the key and the cache written.
-            assert len(LOADS_16_BYTES.findall(code)) >= 5, kernel.name
-            assert len(STORES_16_BYTES.findall(code)) >= 4, kernel.name
+    check_16_byte_accesses(kernels)
+
+
+def check_16_byte_accesses(kernels: list[Kernel]) -> None:
+    for kernel, arguments in vector_kernels(kernels):
+        code = "\n".join(kernel.instructions)
+        # Query, key, latent, cos and sin are read, and the norm's weight.
+        assert len(LOADS_16_BYTES.findall(code)) >= 5 + int(arguments["norm"]), kernel.name
+        # Query and key are written, the latent's norm, and a cache of the activations' type; fp8 is half as wide.
+        cache_stores = 0 if arguments["quantise"] == "1" else 2
+        assert len(STORES_16_BYTES.findall(code)) >= 2 + int(arguments["norm"]) + cache_stores, kernel.name
 
 
 def test_no_spills(kernels: list[Kernel]) -> None:
@@ -66,10 +77,19 @@ def test_pointers_are_known_to_be_global(kernels: list[Kernel]) -> None:
         assert not [line for line in kernel.instructions if line.startswith("flat_")], kernel.name
 
 
-def test_division_is_correctly_rounded(kernels: list[Kernel]) -> None:
-    """The scaled values must be the quotients that vLLM's writer rounds, not products with a reciprocal."""
-    for kernel in kernels:
-        assert [line for line in kernel.instructions if line.startswith("v_div_fixup_f32")], kernel.name
+def test_the_scales_reciprocal_is_correctly_rounded(kernels: list[Kernel]) -> None:
+    """What the quotients are corrected from; the compiler could have taken the hardware's approximation."""
+    for kernel, arguments in vector_kernels(kernels):
+        divisions = [line for line in kernel.instructions if line.startswith("v_div_fixup_f32")]
+        assert bool(divisions) is (arguments["quantise"] == "1"), kernel.name
+
+
+def test_waves_of_32(hipified: list[Path], libraries: Path) -> None:
+    (source,) = [path for path in hipified if "bf16" in path.name]
+    kernels = kernels_of(assembly(source, WAVE32_ARCH, libraries))
+    assert {kernel.resources["wavefront_size"] for kernel in kernels} == {"32"}
+    check_16_byte_accesses(kernels)
+    test_no_spills(kernels)
 
 
 def test_a_compile_error_fails(hipified: list[Path], libraries: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from vllm_mla_fusion import kernel
 
 CASES = [
     *test_kernel.CASES,
-    *getattr(test_kernel, "NORM_CASES", []),
+    *test_kernel.NORM_CASES,
     V2_LITE.but(kv_cache_dtype="fp8_e4m3fnuz", padding=5),
     V3_RANK.but(kv_cache_dtype="fp8_e5m2fnuz", dtype=torch.float16, scale=0.0001),
     V2_LITE.but(kv_cache_dtype="fp8_e4m3fnuz", rot_dim=96, lora_rank=100, is_neox=True),  # the general path
@@ -50,7 +50,7 @@ def emulated(request: pytest.FixtureRequest, emulation: Emulation, monkeypatch: 
     """The package's ops are the emulated ones."""
     emulation.configure(*request.param)
     monkeypatch.setattr(kernel, "op", lambda: emulation.op("concat_and_cache_mla_rope_fused"))
-    monkeypatch.setattr(kernel, "norm_op", lambda: emulation.op("norm_concat_and_cache_mla_rope_fused"), raising=False)
+    monkeypatch.setattr(kernel, "norm_op", lambda: emulation.op("norm_concat_and_cache_mla_rope_fused"))
 
 
 @pytest.mark.usefixtures("emulated")
@@ -64,6 +64,8 @@ def test_against_float64(case: Case) -> None:
 def test_fp8_formats_bit_for_bit(kv_cache_dtype: str) -> None:
     test_fp8_formats.test_all_65536_float16_values("cpu", kv_cache_dtype)
     test_fp8_formats.test_float32_values_around_every_rounding_boundary("cpu", kv_cache_dtype)
+    for scale in (0.37, 3.0e-5, 117.3):
+        test_fp8_formats.test_quotients_are_correctly_rounded("cpu", kv_cache_dtype, scale)
 
 
 @pytest.mark.usefixtures("emulated")

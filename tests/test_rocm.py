@@ -37,7 +37,11 @@ def test_gate_and_fp8_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize("release", RELEASES)
 def test_stock_layers(release: str, arch: str, with_aiter: bool, tmp_path: Path) -> None:
     """Every rope op of ROCm is fused, in place, with unchanged meaning; vLLM's own AITER fusion happens as well."""
-    results = environment.run_release(release, arch, with_aiter, tmp_path, "tests.rocm.probe")
+    lines = environment.run_release(release, arch, with_aiter, tmp_path, "tests.rocm.probe")
+    results = [line for line in lines if "check" in line]
     assert len(results) == CHECKS
     problems = [f"{result['check']}: {problem}" for result in results for problem in result["problems"]]
     assert not problems, "\n".join(problems)
+    # The oldest release does not yet find its own pattern in these graphs.
+    if with_aiter and release != RELEASES[0]:
+        assert sum(line.get("dual_norms", 0) for line in lines) > 0, "vLLM's AITER fusion did not happen: nothing was tested"

@@ -22,7 +22,7 @@ def install_platform(site: Path) -> None:
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLATFORM.replace('_', '-')}\nVersion: 0\n")
     # transformers asks which distribution a module called flash_attn belongs to.
-    (info / "top_level.txt").write_text("\n".join(path.stem for path in (HERE / "site/platform").glob("*.py")))
+    (info / "top_level.txt").write_text("\n".join(path.stem for path in (HERE / "site/platform").iterdir()))
     (info / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{PLATFORM} = {PLATFORM}:qualname\n")
 
 
