@@ -61,7 +61,7 @@ int heads_per_pass(const Params& p) {
 
 template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
 void launch_vector(const Params& p, cudaStream_t stream) {
-  const int64_t tasks = 1 + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
+  const int64_t tasks = kFirstQueryTask<kHeads> + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
   constexpr int kMaxGroups = kMaxThreads / kLanes;
   const int64_t blocks_per_token = ceil_div(tasks, kMaxGroups);
   const int64_t tasks_per_block = ceil_div(tasks, blocks_per_token);

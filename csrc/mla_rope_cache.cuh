@@ -176,7 +176,8 @@ struct HeadPart {
 };
 
 // Division by the cache's scale, rounded as IEEE division is, without its branches: the scale is split into a power of
-// two and a mantissa in [1, 2), and a quotient by the mantissa's reciprocal is corrected twice by its exact remainder.
+// two and a mantissa in [1, 2), and the quotient by the mantissa's reciprocal is corrected by its exact remainder. Right
+// for every 16-bit float and every mantissa (tried out, all of them); wider activations take the general kernel.
 struct Scale {
   float mantissa;
   float reciprocal;
@@ -193,10 +194,10 @@ struct Scale {
   __device__ __forceinline__ float divide(float x) const {
     const float scaled = x * inverse_power;
     const float estimate = scaled * reciprocal;
-    const float better = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
-    const float exact = fmaf(fmaf(-better, mantissa, scaled), reciprocal, better);
-    // An infinity has no remainder; anything that large saturates.
-    return fabsf(estimate) < 1e9f ? exact : estimate;
+    const float corrected = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
+    // The correction turns -0 into 0, and an infinity, which has no remainder, into NaN.
+    const float signed_correctly = float_from_bits(bits_from_float(corrected) | (bits_from_float(estimate) & 0x80000000u));
+    return fabsf(estimate) < 1e9f ? signed_correctly : estimate;
   }
 };
 
@@ -325,35 +326,41 @@ __device__ __forceinline__ ActVector<Act> normalise(const ActVector<Act>& in, co
   return out;
 }
 
-// The latent and the key of one token, by one group of lanes.
-template <typename Act, bool kNeox, bool kQuantise, bool kNorm>
-__device__ __forceinline__ void run_latent_and_key(const Params& p, int64_t token, int lane) {
-  constexpr int kWidth = kActsPerVector<Act>;
+// The row of a token in the cache, and by what its values are divided. Made before the latent is loaded, so that all the
+// loads are on their way together; `offset` is the first to wait for one.
+template <bool kQuantise>
+struct CacheRow {
+  int64_t slot;
+  Scale scale;
+
+  __device__ __forceinline__ CacheRow(const Params& p, int64_t token)
+      : slot(slot_of(p, token)), scale(kQuantise ? *p.kv_cache_scale : 1.0f) {}
+
+  // Negative: not cached.
+  __device__ __forceinline__ int64_t offset(const Params& p) const { return slot < 0 ? -1 : cache_offset(p, slot); }
+};
+
+template <typename Act, bool kNeox, bool kQuantise>
+__device__ __forceinline__ void run_key(const Params& p, int64_t token, int lane, int64_t row, const Scale& scale) {
   using Part = HeadPart<Act, kNeox>;
-
-  const int64_t slot = slot_of(p, token);
+  if (lane >= p.rot_dim / (Part::kWidth * Part::kVectors)) return;
   const int64_t position = position_of(p, token);
-  const Scale scale(kQuantise ? *p.kv_cache_scale : 1.0f);
-  const Latent<Act, kNorm> latent(p, token, lane);
-
-  const int columns = p.rot_dim / (kWidth * Part::kVectors);
-  const bool has_key = lane < columns;
   Part key;
-  if (has_key) {
-    CosSin<Act, Part::kPairs> angle;
-    key.load(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, lane, p.rot_dim);
-    angle.load(p, position, lane * Part::kPairs);
-    key.rotate(angle);
-    key.store(static_cast<Act*>(p.k_pe_out) + token * p.rot_dim, lane, p.rot_dim);
-  }
-
-  const int64_t row = slot < 0 ? -1 : cache_offset(p, slot);
-  if (has_key && row >= 0) {
+  key.load(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, lane, p.rot_dim);
+  CosSin<Act, Part::kPairs> angle;
+  angle.load(p, position, lane * Part::kPairs);
+  key.rotate(angle);
+  key.store(static_cast<Act*>(p.k_pe_out) + token * p.rot_dim, lane, p.rot_dim);
+  if (row < 0) return;
 #pragma unroll
-    for (int i = 0; i < Part::kVectors; ++i) {
-      store_cache<kQuantise, Act>(p, row, p.lora_rank + lane * kWidth + i * (p.rot_dim / 2), key.part[i], scale);
-    }
+  for (int i = 0; i < Part::kVectors; ++i) {
+    store_cache<kQuantise, Act>(p, row, p.lora_rank + lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
   }
+}
+
+template <typename Act, bool kQuantise, bool kNorm>
+__device__ __forceinline__ void run_latent(const Params& p, int64_t token, const Latent<Act, kNorm>& latent, int64_t row,
+                                           const Scale& scale) {
   if constexpr (kNorm) {
     const float inverse_rms = latent.inverse_rms(p);
     Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
@@ -397,17 +404,34 @@ __device__ __forceinline__ void run_query_heads(const Params& p, int64_t token, 
   }
 }
 
-// A block is (32 lanes, tasks of a token, tokens). Task 0 is the latent and the key, the others are heads of the query.
+// Groups of lanes that a token has for its latent and key. While the GPU is not full, time is latency and each has one of
+// its own; later the key, which has few lanes, is done by the latent's.
+template <int kHeads>
+constexpr int kFirstQueryTask = kHeads == 1 ? 2 : 1;
+
+// A block is (32 lanes, tasks of a token, tokens).
 template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
 __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= p.num_tokens) return;
   const int task = blockIdx.y * blockDim.y + threadIdx.y;
-  if (task == 0) {
-    run_latent_and_key<Act, kNeox, kQuantise, kNorm>(p, token, threadIdx.x);
+  const int lane = threadIdx.x;
+  if (task >= kFirstQueryTask<kHeads>) {
+    run_query_heads<Act, kNeox, kHeads>(p, token, lane, task - kFirstQueryTask<kHeads>);
+    return;
+  }
+  const CacheRow<kQuantise> row(p, token);
+  if constexpr (kFirstQueryTask<kHeads> == 1) {
+    const Latent<Act, kNorm> latent(p, token, lane);
+    const int64_t offset = row.offset(p);
+    run_key<Act, kNeox, kQuantise>(p, token, lane, offset, row.scale);
+    run_latent<Act, kQuantise, kNorm>(p, token, latent, offset, row.scale);
+  } else if (task == 0) {
+    const Latent<Act, kNorm> latent(p, token, lane);
+    run_latent<Act, kQuantise, kNorm>(p, token, latent, row.offset(p), row.scale);
   } else {
-    run_query_heads<Act, kNeox, kHeads>(p, token, threadIdx.x, task - 1);
+    run_key<Act, kNeox, kQuantise>(p, token, lane, row.offset(p), row.scale);
   }
 }
 

@@ -168,7 +168,14 @@ def build_emulation(work: Path) -> Emulation:
         namespace = f"-Dmla_fusion={Emulation.NAMESPACE}"
         _run([cxx, "-std=c++20", "-O1", "-g", "-fPIC", namespace, *flags, "-c", source, "-o", objects[-1]])
     library = work / "emulation.so"
-    link = ["-shared", "-fsanitize=undefined", f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    link = [
+        "-shared",
+        "-fsanitize=undefined",
+        f"-L{Path(torch.__file__).parent / 'lib'}",
+        "-ltorch_cpu",
+        "-ltorch",
+        "-lc10",
+    ]
     _run([cxx, *objects, *link, "-o", library])
     torch.ops.load_library(library)
     return Emulation(ctypes.CDLL(str(library)))

@@ -67,7 +67,7 @@ def test_float32_values_around_every_rounding_boundary(device: str, kv_cache_dty
 @pytest.mark.parametrize("scale", [0.37, 3.0e-5, 1.9999999, 117.3, 2.0**-20])
 @pytest.mark.parametrize(("device", "kv_cache_dtype"), EVERYWHERE)
 def test_quotients_are_correctly_rounded(device: str, kv_cache_dtype: str, scale: float) -> None:
-    """Values whose quotient by the scale lies at or next to a rounding boundary of the format, in both activation types."""
+    """Values whose quotient by the scale lies at or next to a rounding boundary of the format, in both dtypes."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8[kv_cache_dtype]).float()
     codes = codes[codes.isfinite()].sort().values
     boundaries = torch.cat([codes, (codes[1:] + codes[:-1]) / 2]) * torch.tensor(scale)

@@ -22,7 +22,9 @@ ARCHS = ["gfx90a", "gfx942", "gfx950"]
 WAVE32_ARCH = "gfx1100"
 LOADS_16_BYTES = re.compile(r"global_load_(dwordx4|b128)\b")
 STORES_16_BYTES = re.compile(r"global_store_(dwordx4|b128)\b")
-VECTOR = re.compile(r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELb(?P<quantise>[01])ELb(?P<norm>[01])E")
+VECTOR = re.compile(
+    r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELb(?P<quantise>[01])ELb(?P<norm>[01])E"
+)
 
 
 @pytest.fixture(scope="module")

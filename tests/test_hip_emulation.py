@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hipified launch and device code, executed on the CPU, in the tests that the GPU runs.
 
-Why this says something about a GPU: what is compiled here is hipify's output for csrc/, the same text that hipcc gets,
-with a header in place of ROCm's that gives `threadIdx`, the launch and the shuffles their documented meaning. The
-launch code chooses kernel, grid and block as it would on a GPU, and every thread of the grid runs. So indexing, masking,
-padding, alignment (the undefined-behaviour sanitizer stops a misaligned 16-byte access) and the bit-level conversions
-are those of the GPU. Lanes run one after the other between shuffles, in ascending order with waves of 32 and in
-descending order with waves of 64: a result that needs lanes in lockstep without a shuffle between them would differ, and
-a shuffle with a lane that is not there, or not in the same branch, ends the test.
+Why this says something about a GPU: what is compiled here is hipify's output for csrc/, the same text that hipcc
+gets, with a header in place of ROCm's that gives `threadIdx`, the launch and the shuffles their documented meaning.
+The launch code chooses kernel, grid and block as it would on a GPU, and every thread of the grid runs. So indexing,
+masking, padding, alignment (the undefined-behaviour sanitizer stops a misaligned 16-byte access) and the bit-level
+conversions are those of the GPU. Lanes run one after the other between shuffles, in ascending order with waves of 32
+and in descending order with waves of 64: a result that needs lanes in lockstep without a shuffle between them would
+differ, and a shuffle with a lane that is not there, or not in the same branch, ends the test.
 
-What it cannot show: a fault of the compiler or the hardware, the order of memory accesses between blocks (no block reads
-what another writes), a contraction of a product and a sum, which AMD's compiler makes and which stays within the same
-rounding bound, and speed.
+What it cannot show: a fault of the compiler or the hardware, the order of memory accesses between blocks (no block
+reads what another writes), a contraction of a product and a sum, which AMD's compiler makes and which stays within
+the same rounding bound, and speed.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ def test_gate_and_fp8_format(tmp_path: Path) -> None:
     """The gate is is_cuda_alike; fp8 is fnuz where vLLM's is: on gfx94x only."""
     platform, *archs = environment.run_here("gfx942", tmp_path, "tests.rocm.gate")
     assert platform == {"is_rocm": True, "is_cuda_alike": True, "problem": None, "probe": None}
-    formats = {each["arch"]: (each["vllm"], each["auto"], each["fp8"], each["fp8_e4m3"], each["fp8_e5m2"]) for each in archs}
+    formats = {
+        each["arch"]: (each["vllm"], each["auto"], each["fp8"], each["fp8_e4m3"], each["fp8_e5m2"]) for each in archs
+    }
     ocp = ("torch.float8_e4m3fn", "auto", "fp8", "fp8_e4m3", "fp8_e5m2")
     fnuz = ("torch.float8_e4m3fnuz", "auto", "fp8_e4m3fnuz", "fp8_e4m3fnuz", "fp8_e5m2fnuz")
     assert formats == {"gfx90a": ocp, "gfx942": fnuz, "gfx950": ocp, "gfx1100": ocp, "gfx1201": ocp}
@@ -44,4 +46,6 @@ def test_stock_layers(release: str, arch: str, with_aiter: bool, tmp_path: Path)
     assert not problems, "\n".join(problems)
     # The oldest release does not yet find its own pattern in these graphs.
     if with_aiter and release != RELEASES[0]:
-        assert sum(line.get("dual_norms", 0) for line in lines) > 0, "vLLM's AITER fusion did not happen: nothing was tested"
+        assert sum(line.get("dual_norms", 0) for line in lines) > 0, (
+            "vLLM's AITER fusion did not happen: nothing was tested"
+        )

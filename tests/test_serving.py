@@ -7,8 +7,9 @@ import asyncio
 import json
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,24 @@ Outcome = dict[str, Any]
 
 @dataclass
 class Traffic:
-    """What one server answered, by request number, and how it ended."""
+    """What one server answered, by request number, what it logged until and after SIGTERM, and how it ended."""
 
-    outcomes: list[Outcome] = field(default_factory=list)
-    metrics: str = ""
-    exit_code: int | None = None
-    log: str = ""
+    outcomes: list[Outcome]
+    metrics: str
+    log: str
+    shutdown_log: str
+    exit_code: int
+    is_gone: bool
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines about errors while it served."""
+        return error_lines(self.log)
+
+    @property
+    def shutdown_errors(self) -> list[str]:
+        """The same for its end, without what stock vLLM often says there: its client notices that its engine left."""
+        return [line for line in error_lines(self.shutdown_log) if "[async_llm.py:" not in line]
 
 
 def body(index: int, **changes: Any) -> dict[str, Any]:
@@ -157,8 +170,27 @@ def serve(mode: str, folder: Path) -> Traffic:
     log = folder / f"{mode}.log"
     with running_server(str(MODEL), mode, SERVER_ARGS, log, timeout=600) as server:
         outcomes, metrics = asyncio.run(send_all(server.url))
+        serving_log = log.read_text(errors="replace")
         exit_code = server.stop()
-    return Traffic(outcomes, metrics, exit_code, log.read_text(errors="replace"))
+        is_gone = ends(server.process.pid)
+    shutdown_log = log.read_text(errors="replace")[len(serving_log) :]
+    return Traffic(outcomes, metrics, serving_log, shutdown_log, exit_code, is_gone)
+
+
+def ends(process_group: int, timeout: float = 30) -> bool:
+    """Whether the last process of the server ends in time."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        try:
+            os.killpg(process_group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def error_lines(log: str) -> list[str]:
+    return [line for line in log.splitlines() if any(word in line for word in ("ERROR", "CRITICAL", "Traceback"))]
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +239,12 @@ def test_nothing_is_left_running(traffic: dict[str, Traffic], mode: str) -> None
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_shutdown_is_clean_and_the_log_has_no_error(traffic: dict[str, Traffic], mode: str) -> None:
+def test_nothing_goes_wrong_while_serving(traffic: dict[str, Traffic], mode: str) -> None:
+    assert not traffic[mode].errors, traffic[mode].errors[:5]
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_shutdown_is_clean(traffic: dict[str, Traffic], mode: str) -> None:
     assert traffic[mode].exit_code == 0
-    bad = [
-        line for line in traffic[mode].log.splitlines() if any(x in line for x in ("ERROR", "Traceback", "CRITICAL"))
-    ]
-    assert not bad, bad[:5]
+    assert traffic[mode].is_gone
+    assert not traffic[mode].shutdown_errors, traffic[mode].shutdown_errors[:5]

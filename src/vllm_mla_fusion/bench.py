@@ -104,7 +104,7 @@ def _sets(cell: Cell, count: int, device: str) -> Iterator[dict[str, torch.Tenso
             "cos_sin_cache": cos_sin_cache,
             "slots": slots,
             "kv_cache": torch.zeros(num_blocks, BLOCK_SIZE, LORA_RANK + ROT_DIM, device=device, dtype=cache_dtype),
-            "scale": torch.tensor(0.5, device=device),
+            "scale": torch.tensor(0.37, device=device),
             "k_pe_out": torch.empty(tokens, 1, ROT_DIM, device=device, dtype=act),
             "weight": weight,
             "kv_c_normed_out": torch.empty(tokens, LORA_RANK, device=device, dtype=act),
