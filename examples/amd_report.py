@@ -41,7 +41,9 @@ def main() -> int:
 
 def _run(command: list[str], log: Path) -> int:
     """Exit code; the output goes to `log` and to the terminal."""
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
     log.write_text(done.stdout)
     print(done.stdout, flush=True)
     return done.returncode
@@ -87,7 +89,11 @@ def _markdown(facts: dict[str, str], results: list[dict[str, str]], code: int, o
         if result["message"]:
             lines.append(f"- {result['outcome']} {result['test']}: {result['message'].splitlines()[0][:300]}")
     if not results:
-        lines += [f"pytest ended with code {code} before it ran a test:", "", _common.tail(out / "amd_report.tests.log")]
+        lines += [
+            f"pytest ended with code {code} before it ran a test:",
+            "",
+            _common.tail(out / "amd_report.tests.log"),
+        ]
     return "\n".join(lines)
 
 

@@ -56,9 +56,7 @@ NOT_ON_ROCM = [
 
 
 @GPU
-@pytest.mark.parametrize(
-    "case", WRITER_CASES + ([] if torch.version.hip else NOT_ON_ROCM), ids=lambda case: case.name
-)
+@pytest.mark.parametrize("case", WRITER_CASES + ([] if torch.version.hip else NOT_ON_ROCM), ids=lambda case: case.name)
 def test_gpu_writer_and_rotary_op(case: Case) -> None:
     """The cache is bitwise what `concat_and_cache_mla` writes for the same rotated key."""
     from vllm import _custom_ops as stock
