@@ -43,6 +43,7 @@ CASES = [
     V2_LITE.but(lora_rank=576, num_heads=7, block_size=1),
     V2_LITE.but(row_pad=64, block_pad=128),
     V2_LITE.but(row_pad=3, block_pad=5),  # from here on: the general path
+    V2_LITE.but(row_pad=3),
     V2_LITE.but(rot_dim=6, lora_rank=5, nope_dim=3),
     V2_LITE.but(rot_dim=96, lora_rank=100, is_neox=True, kv_cache_dtype="fp8", padding=3),
     V2_LITE.but(q_shift=1),
