@@ -11,10 +11,12 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from . import replay
 from .stock_model import NUM_LAYERS
 from .tracing import Trace
-from .variants import Variant
+from .variants import GEOMETRIES, Variant
 
 UPDATE = "vllm::unified_mla_kv_cache_update"
 FUSED = "mla_fusion::fused_concat_and_cache_mla_rope"
+# Of a model without q-LoRA, whose latent's norm would be a kernel of its own.
+FUSED_WITH_NORM = "mla_fusion::fused_norm_concat_and_cache_mla_rope"
 
 # All of these are in a stock graph only for the sake of RoPE and of putting the rotated query back into its buffer.
 LEFTOVERS = {
@@ -51,9 +53,10 @@ def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
 def _problems_after(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
     ops = _count(graphs)
     yield from (f"left over: {ops[op]} x {op}" for op in sorted(LEFTOVERS & ops.keys()))
-    calls = [node for graph in graphs for node in graph.nodes if _op_name(node) == FUSED]
-    if len(calls) != NUM_LAYERS:
-        yield f"{len(calls)} fused calls, expected {NUM_LAYERS}"
+    expected = FUSED if GEOMETRIES[variant.geometry]["q_lora_rank"] else FUSED_WITH_NORM
+    calls = [node for graph in graphs for node in graph.nodes if _op_name(node) in (FUSED, FUSED_WITH_NORM)]
+    if [_op_name(call) for call in calls] != [expected] * NUM_LAYERS:
+        yield f"fused calls {[_op_name(call) for call in calls]}, expected {NUM_LAYERS} x {expected}"
     for call in calls:
         if call.target is auto_functionalized:
             yield f"{call.name} is not in place"
