@@ -514,13 +514,13 @@ PRETEND_HIPCC = r"""#!/bin/bash -e
 [ "$1" = --version ] && echo "HIP version: 6.4.0" && exit
 [[ "$*" == *--offload-arch=gfx942*--offload-arch=gfx950* ]]
 while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; [ "$1" = -c ] && in=$2; shift; done
-grep -q '#include <hip/hip_runtime.h>' $in
+grep -rq '#include <hip/hip_runtime.h>' $(dirname $in)
 ! grep -q '[^a-z]cuda[A-Z]' $in
 g++ -x c++ -fPIC -I$(dirname $in) -c - -o $out <<'END'
 #include "mla_rope_cache.h"
 namespace mla_fusion {
-int launch_gpu(const Params&, void*) { return 1; }
-const char* gpu_error_name(int) { return "none"; }
+__attribute__((weak)) int launch_gpu(const Params&, void*) { return 1; }
+__attribute__((weak)) const char* gpu_error_name(int) { return "none"; }
 }
 END
 """

@@ -88,9 +88,9 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path) -> None:
     assert max(off.result["prompt_lengths"]) > 384, "no prompt is longer than a chunk"
     assert on.result["tokens"] == off.result["tokens"]
     assert on.result["solved"] == off.result["solved"]
-    if rope == "default":
-        assert off.result["solved"] >= 398
-
+    if rope != "default":
+        return
+    assert off.result["solved"] >= 398
     warm = engine("strict", cache, prompts=8, **options)
     again_off = engine("0", cache, prompts=8, **options)
     assert warm.returncode == again_off.returncode == 0

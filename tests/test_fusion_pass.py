@@ -233,6 +233,29 @@ def test_queries_without_and_with_other_readers(rope: str, layer_class: type, op
     assert_close(cache, expected_cache)
 
 
+class WithLateReader(Pass):
+    """Puts a reader of the whole unrotated query behind the fused call."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        fusion_pass.fuse(graph, self.ops)
+        query = next(node for node in graph.nodes if node.target is auto_functionalized).kwargs["q_pe"].args[0]
+        with graph.inserting_before(graph.output_node()):
+            graph.call_function(aten.relu.default, (query,)).meta["val"] = query.meta["val"].clone()
+        self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
+
+
+def test_query_that_is_read_later_is_not_rotated_in_place(ops: fusion_pass.FusionOps) -> None:
+    layer = Layer("layers.0", "native", False, piece=True)
+    attention = {"layers.0": Attention()}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = WithLateReader(ops)
+    expected, _ = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, _ = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert the_pass.in_place == [0]
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+
+
 def _wrong_sign(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     q_pe, k_pe = mla_layer.ROPES["native"](positions, q_pe, k_pe, cos_sin_cache, is_neox)
     return q_pe, -k_pe

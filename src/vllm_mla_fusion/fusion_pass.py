@@ -163,7 +163,10 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     for node in graph.find_nodes(op="call_function", target=auto_functionalized):
         if node.args[0] not in (ops.fused, ops.fused_norm):
             continue
-        replacements = _in_place_replacements(graph, node, order)
+        try:
+            replacements = _in_place_replacements(graph, node, order)
+        except _NoMatch:
+            continue
         if replacements is not None:
             order[_make_in_place(graph, node, replacements)] = order[node]
             count += 1
@@ -189,6 +192,7 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     else:
         raise _NoMatch("the key that is cached does not come from one rotary embedding")
     _check_tensors(site, kv_c)
+    _fake(update)
     return site
 
 

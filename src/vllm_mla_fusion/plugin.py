@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _activate(mode: Mode) -> None:
-    from vllm_mla_fusion import compat, ops, report
+    from vllm_mla_fusion import compat, ops
 
     is_supported, status = compat.support_status()
     failed_probe = compat.failed_probe() if is_supported else None
@@ -47,15 +47,11 @@ def _activate(mode: Mode) -> None:
         return
     # Compiled graphs from vLLM's cache call the op without any pass having run.
     ops.register()
-    compat.install_hooks(_prepare_config, report.after_warm_up)
+    compat.install_hooks(_prepare_config, _after_warm_up)
 
 
 def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
     """Builds the kernel and lets the cache update into the compiled graphs, before any worker starts."""
-    from vllm_mla_fusion import compat
-
-    if not compat.is_mla_model(vllm_config) or compat.not_compiled_reason(vllm_config) is not None:
-        return
     try:
         problem = _prepare(vllm_config, splitting_ops_are_default)
     except Exception as error:
@@ -68,9 +64,22 @@ def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
         _warn(problem)
 
 
+def _after_warm_up(vllm_config: Any, is_first_worker: bool) -> None:
+    from vllm_mla_fusion import compat, report
+
+    try:
+        report.after_warm_up(vllm_config, is_first_worker)
+    except Exception:
+        if activation.mode() is Mode.STRICT:
+            raise
+        compat.logger.warning("MLA fusion: the number of fused layers could not be told.", exc_info=True)
+
+
 def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
     from vllm_mla_fusion import compat, kernel
 
+    if not compat.is_mla_model(vllm_config) or compat.not_compiled_reason(vllm_config) is not None:
+        return None
     return (
         compat.config_problem(vllm_config)
         or kernel.failure()
