@@ -138,6 +138,12 @@ class _Replay(fx.Interpreter):
         kv_c_normed = self._rms_norm(kv_c, kv_c_weight, epsilon)
         return self._fused_concat_and_cache_mla_rope(kv_c=kv_c_normed, **kwargs), kv_c_normed
 
+    def _fused_norm_concat_and_cache_mla_rope(
+        self, kv_c: torch.Tensor, kv_c_weight: torch.Tensor, epsilon: float, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self._rms_norm(kv_c, kv_c_weight, epsilon)
+        return self._fused_concat_and_cache_mla_rope(kv_c=normed, **kwargs), normed
+
     def _unified_mla_attention_with_output(
         self, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, output: torch.Tensor, **_: Any
     ) -> None:
