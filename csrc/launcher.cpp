@@ -233,6 +233,9 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   if (has_cache) {
     check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
     check_device("kv_cache", kv_cache, q_pe);
+    if (kv_cache.size(0) * kv_cache.size(1) > int64_t{UINT32_MAX}) {
+      fail("kv_cache must have fewer than 2^32 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1));
+    }
     check_last_dim_contiguous("kv_cache", kv_cache);
     if (p.cache_kind != CacheKind::kCopy) {
       check_dtype("kv_cache_scale", kv_cache_scale, {ScalarType::Float});

@@ -11,6 +11,12 @@ namespace mla_fusion {
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kVectorBytes = 16;
+// From sm_100 on the compiler, left to itself, spills a register for occupancy.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define MLA_LAUNCH_BOUNDS __launch_bounds__(kMaxThreads, 1)
+#else
+#define MLA_LAUNCH_BOUNDS __launch_bounds__(kMaxThreads)
+#endif
 
 // NVIDIA GPUs never see the fnuz formats, and their kernels do without the code.
 #ifdef __NVCC__
@@ -86,7 +92,10 @@ __device__ __forceinline__ int64_t cache_offset(const Params& p, int64_t slot) {
   if (p.block_shift >= 0) {
     return (slot >> p.block_shift) * p.cache_block_stride + (slot & (p.block_size - 1)) * p.cache_row_stride;
   }
-  return slot / p.block_size * p.cache_block_stride + slot % p.block_size * p.cache_row_stride;
+  // The launcher sees to it that slots fit; a 64-bit division would be a call that spills registers.
+  const uint32_t block = static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.block_size);
+  const uint32_t row = static_cast<uint32_t>(slot) - block * static_cast<uint32_t>(p.block_size);
+  return block * p.cache_block_stride + row * p.cache_row_stride;
 }
 
 // kCount values of cos and of sin, from pair first_pair on, in float.
@@ -411,7 +420,7 @@ constexpr int kFirstQueryTask = kHeads == 1 ? 2 : 1;
 
 // A block is (32 lanes, tasks of a token, tokens).
 template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
+__global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
   if (token >= p.num_tokens) return;
