@@ -3,6 +3,9 @@
 
 import enum
 import os
+from typing import TypeVar
+
+Choice = TypeVar("Choice", bound=enum.Enum)
 
 VARIABLE = "MLA_FUSION"
 NORM_VARIABLE = "MLA_FUSION_NORM"
@@ -22,14 +25,7 @@ def mode() -> Mode:
     Raises:
         ValueError: MLA_FUSION has another value than the accepted ones.
     """
-    value = os.environ.get(VARIABLE, "").strip()
-    try:
-        return Mode(value or "0")
-    except ValueError:
-        raise ValueError(
-            f"{VARIABLE} must be 0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not), "
-            f"got {value!r}; set one of these or unset it"
-        ) from None
+    return _read(VARIABLE, Mode.OFF, "0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not)")
 
 
 class Norm(enum.Enum):
@@ -46,11 +42,13 @@ def norm() -> Norm:
     Raises:
         ValueError: it has another value than the accepted ones.
     """
-    value = os.environ.get(NORM_VARIABLE, "").strip()
+    accepted = "auto or unset (fuse the norm where that wins), 1 (wherever possible) or 0 (never)"
+    return _read(NORM_VARIABLE, Norm.AUTO, accepted)
+
+
+def _read(variable: str, default: Choice, accepted: str) -> Choice:
+    value = os.environ.get(variable, "").strip()
     try:
-        return Norm(value or "auto")
+        return type(default)(value) if value else default
     except ValueError:
-        raise ValueError(
-            f"{NORM_VARIABLE} must be auto or unset (fuse the norm where that wins), 1 (wherever possible) or 0 "
-            f"(never), got {value!r}; set one of these or unset it"
-        ) from None
+        raise ValueError(f"{variable} must be {accepted}, got {value!r}; set one of these or unset it") from None

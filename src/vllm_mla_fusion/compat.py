@@ -254,14 +254,14 @@ def fusion_ops() -> fusion_pass.FusionOps:
 
     importlib.import_module(_MLA_ATTENTION)
     rotary = []
-    for namespace, name, is_neox in (
-        ("_C", "rotary_embedding", "is_neox"),
-        ("vllm", "flashinfer_rotary_embedding", "is_neox"),
-        ("vllm", "rocm_aiter_triton_rotary_embedding", "is_neox"),
+    for namespace, name in (
+        ("_C", "rotary_embedding"),
+        ("vllm", "flashinfer_rotary_embedding"),
+        ("vllm", "rocm_aiter_triton_rotary_embedding"),
     ):
         target = _op(namespace, name)
         if target is not None:
-            rotary.append(fusion_pass.RotaryOp(target, is_neox))
+            rotary.append(fusion_pass.RotaryOp(target))
     layer_ops = ops.register()
     norm = activation.norm()
     return fusion_pass.FusionOps(
