@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "mla_rope_cache.cuh"
 
 namespace mla_fusion {
@@ -28,13 +30,15 @@ bool vectors_fit(const Params& p) {
                           p.lora_rank <= kLatentVectors * kLanes * kWidth;
   const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&
                            p.k_token_stride % kWidth == 0 && p.kv_token_stride % kWidth == 0 &&
-                           p.cos_sin_stride % kWidth == 0 && p.cache_block_stride % kWidth == 0 &&
-                           p.cache_row_stride % kWidth == 0;
-  const int64_t cache_bytes = p.cache_kind == CacheKind::kCopy ? kVectorBytes : kWidth;
-  return shape_fits && strides_fit && is_aligned(p.q_pe, kVectorBytes) && is_aligned(p.k_pe, kVectorBytes) &&
+                           p.cos_sin_stride % kWidth == 0;
+  // In elements of the cache: where they are bytes, eight quantised values or sixteen bytes of the key are one store.
+  const int64_t cache_step = p.cache_kind == CacheKind::kFp8DsMla ? kVectorBytes : kWidth;
+  const int64_t cache_bytes = p.cache_kind == CacheKind::kCopy ? kVectorBytes : cache_step;
+  const bool cache_fits = p.cache_block_stride % cache_step == 0 && p.cache_row_stride % cache_step == 0 &&
+                          is_aligned(p.kv_cache, cache_bytes);
+  return shape_fits && strides_fit && cache_fits && is_aligned(p.q_pe, kVectorBytes) && is_aligned(p.k_pe, kVectorBytes) &&
          is_aligned(p.kv_c, kVectorBytes) && is_aligned(p.k_pe_out, kVectorBytes) &&
-         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_cache, cache_bytes) &&
-         is_aligned(p.kv_c_weight, kVectorBytes) && is_aligned(p.kv_c_out, kVectorBytes);
+         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_c_weight, kVectorBytes) && is_aligned(p.kv_c_out, kVectorBytes);
 }
 
 // Lets the grid start while the kernel before it in the stream ends; it waits for that one's results itself.
@@ -60,7 +64,7 @@ int heads_per_pass(const Params& p) {
   return kLanes / (p.rot_dim / (kActsPerVector<Act> * (kNeox ? 2 : 1)));
 }
 
-template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
+template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
 void launch_vector(const Params& p, cudaStream_t stream) {
   const int64_t tasks = kFirstQueryTask<kHeads> + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
   constexpr int kMaxGroups = kMaxThreads / kLanes;
@@ -69,32 +73,45 @@ void launch_vector(const Params& p, cudaStream_t stream) {
   const int64_t tokens_per_block = kHeads == 1 ? 1 : kMaxGroups / tasks_per_block;
   const dim3 block(kLanes, tasks_per_block, tokens_per_block);
   const dim3 grid(ceil_div(p.num_tokens, tokens_per_block), blocks_per_token);
-  launch(mla_rope_cache_vector<Act, kNeox, kHeads, kQuantise, kNorm>, grid, block, p, stream);
+  launch(mla_rope_cache_vector<Act, kNeox, kHeads, kRow, kNorm>, grid, block, p, stream);
 }
 
-template <typename Act, bool kNeox, bool kQuantise, bool kNorm>
+template <typename Act, bool kNeox, Row kRow, bool kNorm>
 void choose_heads(const Params& p, cudaStream_t stream) {
   const int64_t groups = p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p)));
   if (groups < kGroupsToFillGpu) {
-    launch_vector<Act, kNeox, 1, kQuantise, kNorm>(p, stream);
+    launch_vector<Act, kNeox, 1, kRow, kNorm>(p, stream);
   } else {
-    launch_vector<Act, kNeox, kHeadsWhenFull, kQuantise, kNorm>(p, stream);
+    launch_vector<Act, kNeox, kHeadsWhenFull, kRow, kNorm>(p, stream);
   }
 }
 
-template <typename Act, bool kNeox>
-void choose_cache(const Params& p, cudaStream_t stream) {
-  const bool quantise = p.cache_kind != CacheKind::kCopy;
-  if (p.kv_c_weight != nullptr) {
-    quantise ? choose_heads<Act, kNeox, true, true>(p, stream) : choose_heads<Act, kNeox, false, true>(p, stream);
-  } else {
-    quantise ? choose_heads<Act, kNeox, true, false>(p, stream) : choose_heads<Act, kNeox, false, false>(p, stream);
-  }
+template <typename Act, bool kNeox, Row kRow>
+void choose_norm(const Params& p, cudaStream_t stream) {
+  p.kv_c_weight != nullptr ? choose_heads<Act, kNeox, kRow, true>(p, stream)
+                           : choose_heads<Act, kNeox, kRow, false>(p, stream);
 }
 
 template <typename Act>
 void launch_general(const Params& p, cudaStream_t stream) {
   launch(mla_rope_cache_general<Act>, dim3(p.num_tokens), dim3(kMaxThreads), p, stream);
+}
+
+// Sparse attention's models have bf16 activations and GPT-J pairs; with others fp8_ds_mla takes the general kernel.
+template <typename Act, bool kNeox>
+constexpr bool kHasDsMlaVectors = std::is_same_v<Act, BFloat16> && !kNeox;
+
+template <typename Act, bool kNeox>
+void choose_cache(const Params& p, cudaStream_t stream) {
+  if (p.cache_kind == CacheKind::kCopy) {
+    choose_norm<Act, kNeox, Row::kCopy>(p, stream);
+  } else if (p.cache_kind != CacheKind::kFp8DsMla) {
+    choose_norm<Act, kNeox, Row::kFp8>(p, stream);
+  } else if constexpr (kHasDsMlaVectors<Act, kNeox>) {
+    choose_norm<Act, kNeox, Row::kFp8DsMla>(p, stream);
+  } else {
+    launch_general<Act>(p, stream);
+  }
 }
 
 template <typename Act>

@@ -132,6 +132,11 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
     check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e5m2});
     return CacheKind::kFp8E5M2;
   }
+  if (kv_cache_dtype == "fp8_ds_mla") {
+    check_dtype("kv_cache", kv_cache, {ScalarType::Byte});
+    check_dtype("q_pe", q_pe, {ScalarType::BFloat16, ScalarType::Half});
+    return CacheKind::kFp8DsMla;
+  }
 #if defined(MLA_FUSION_GPU) && !defined(USE_ROCM)
   if (kv_cache_dtype.find("fnuz") != std::string::npos && !q_pe.is_cpu()) {
     fail("kv_cache_dtype '", kv_cache_dtype, "' is a format of AMD GPUs, this build is for NVIDIA's; use fp8_e4m3 or fp8_e5m2");
@@ -145,7 +150,7 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
     check_dtype("kv_cache", kv_cache, {ScalarType::Byte, ScalarType::Float8_e5m2fnuz});
     return CacheKind::kFp8E5M2Fnuz;
   }
-  fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz, got '",
+  fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz, fp8_ds_mla, got '",
        kv_cache_dtype, "'");
 }
 
@@ -231,13 +236,19 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   // An empty cache (profiling run) has no shape yet; without slots nothing is written.
   const bool has_cache = num_slots > 0 && kv_cache.numel() > 0;
   if (has_cache) {
-    check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
+    if (p.cache_kind == CacheKind::kFp8DsMla) {
+      check_shape("kv_c", kv_c, "[num_tokens, 512] for an fp8_ds_mla cache", {num_tokens, kDsMlaLoraRank});
+      check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, 64] for an fp8_ds_mla cache", {num_tokens, 1, kDsMlaRotDim});
+      check_shape("kv_cache", kv_cache, "[num_blocks, block_size, bytes of a row]", {kAny, kAny, kDsMlaRowBytes});
+    } else {
+      check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
+    }
     check_device("kv_cache", kv_cache, q_pe);
     if (kv_cache.size(0) * kv_cache.size(1) > int64_t{UINT32_MAX}) {
       fail("kv_cache must have fewer than 2^32 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1));
     }
     check_last_dim_contiguous("kv_cache", kv_cache);
-    if (p.cache_kind != CacheKind::kCopy) {
+    if (p.cache_kind != CacheKind::kCopy && p.cache_kind != CacheKind::kFp8DsMla) {
       check_dtype("kv_cache_scale", kv_cache_scale, {ScalarType::Float});
       check_device("kv_cache_scale", kv_cache_scale, q_pe);
       if (kv_cache_scale.numel() != 1) fail("kv_cache_scale must hold one value, got ", kv_cache_scale.numel());

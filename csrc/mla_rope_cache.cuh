@@ -139,16 +139,27 @@ __device__ __forceinline__ void overlap_with_neighbours() {
 #endif
 }
 
+// The value of the lane whose index differs in the bits of distance. All lanes of the group take part.
+__device__ __forceinline__ float from_other_lane(float value, int distance) {
+#if defined(__HIP_DEVICE_COMPILE__) || defined(__HIPCC__)
+  return __shfl_xor(value, distance, kLanes);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+#endif
+}
+
 // The sum over a group of lanes, for each of them, always added up in the same order.
 __device__ __forceinline__ float sum_over_lanes(float value) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-#if defined(__HIP_DEVICE_COMPILE__) || defined(__HIPCC__)
-    value += __shfl_xor(value, distance, kLanes);
-#else
-    value += __shfl_xor_sync(0xffffffffu, value, distance);
-#endif
-  }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) value += from_other_lane(value, distance);
+  return value;
+}
+
+// The largest of kCount neighbouring lanes, for each of them.
+template <int kCount>
+__device__ __forceinline__ float max_over_lanes(float value) {
+#pragma unroll
+  for (int distance = kCount / 2; distance > 0; distance /= 2) value = fmaxf(value, from_other_lane(value, distance));
   return value;
 }
 
@@ -239,24 +250,56 @@ __device__ __forceinline__ Vector<uint8_t, kActsPerVector<Act>> quantise(const A
   return out;
 }
 
-// One vector into the cache row that starts at row, at element index.
-template <bool kQuantise, typename Act>
-__device__ __forceinline__ void store_cache(const Params& p, int64_t row, int index, const ActVector<Act>& value,
-                                            const Scale& scale) {
-  if constexpr (kQuantise) {
+// What a row of the cache holds, where it is known at compile time.
+enum class Row { kCopy, kFp8, kFp8DsMla };
+
+// The tile's scale and the latent in it; neighbouring lanes hold the tile's other vectors.
+template <typename Act>
+__device__ __forceinline__ void store_ds_mla_latent(uint8_t* row, int index, const ActVector<Act>& value) {
+  constexpr int kLanesPerTile = kDsMlaTile / kActsPerVector<Act>;
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kActsPerVector<Act>; ++i) largest = fmaxf(largest, fabsf(to_float(value.at[i])));
+  const float scale = ds_mla_scale(max_over_lanes<kLanesPerTile>(largest));
+  store_as(row + index, quantise<Act>(value, Scale(scale), CacheKind::kFp8E4M3));
+  if (index % kDsMlaTile == 0) store_as(row + kDsMlaScales + index / kDsMlaTile * 4, scale);
+}
+
+// One vector of the latent into the cache row that starts at row, at element index.
+template <Row kRow, typename Act>
+__device__ __forceinline__ void store_latent(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+                                             const Scale& scale) {
+  if constexpr (kRow == Row::kCopy) {
+    store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
+  } else if constexpr (kRow == Row::kFp8) {
     store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise<Act>(value, scale, p.cache_kind));
   } else {
-    store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
+    store_ds_mla_latent<Act>(static_cast<uint8_t*>(p.kv_cache) + row, index, value);
   }
 }
 
-// One element into the cache, at the given offset from its start.
+// The same for the rotated key.
+template <Row kRow, typename Act>
+__device__ __forceinline__ void store_key(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+                                          const Scale& scale) {
+  if constexpr (kRow == Row::kFp8DsMla) {
+    store_as(static_cast<uint8_t*>(p.kv_cache) + row + kDsMlaKey + index * sizeof(Act), value);
+  } else {
+    store_latent<kRow, Act>(p, row, p.lora_rank + index, value, scale);
+  }
+}
+
+// One element of a row into the cache. Of fp8_ds_mla only the key's are stored one by one.
 template <typename Act>
-__device__ __forceinline__ void store_cache_element(const Params& p, int64_t offset, Act value, float scale) {
-  uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + offset;
+__device__ __forceinline__ void store_cache_element(const Params& p, int64_t row, int index, Act value, float scale) {
+  uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + row + index;
   switch (p.cache_kind) {
     case CacheKind::kCopy:
-      static_cast<Act*>(p.kv_cache)[offset] = value;
+      static_cast<Act*>(p.kv_cache)[row + index] = value;
+      return;
+    case CacheKind::kFp8DsMla:
+      if (index < p.lora_rank) return;
+      memcpy(static_cast<uint8_t*>(p.kv_cache) + row + kDsMlaKey + (index - p.lora_rank) * sizeof(Act), &value, sizeof(Act));
       return;
     case CacheKind::kFp8E4M3:
       *byte = to_fp8<Fp8::kE4M3>(to_float(value) / scale);
@@ -331,19 +374,19 @@ __device__ __forceinline__ ActVector<Act> normalise(const ActVector<Act>& in, co
 
 // The row of a token in the cache, and by what its values are divided. Made before the latent is loaded, so that all the
 // loads are on their way together; `offset` is the first to wait for one.
-template <bool kQuantise>
+template <Row kRow>
 struct CacheRow {
   int64_t slot;
   Scale scale;
 
   __device__ __forceinline__ CacheRow(const Params& p, int64_t token)
-      : slot(slot_of(p, token)), scale(kQuantise ? *p.kv_cache_scale : 1.0f) {}
+      : slot(slot_of(p, token)), scale(kRow == Row::kFp8 ? *p.kv_cache_scale : 1.0f) {}
 
   // Negative: not cached.
   __device__ __forceinline__ int64_t offset(const Params& p) const { return slot < 0 ? -1 : cache_offset(p, slot); }
 };
 
-template <typename Act, bool kNeox, bool kQuantise>
+template <typename Act, bool kNeox, Row kRow>
 __device__ __forceinline__ void run_key(const Params& p, int64_t token, int lane, int64_t row, const Scale& scale) {
   using Part = HeadPart<Act, kNeox>;
   if (lane >= p.rot_dim / (Part::kWidth * Part::kVectors)) return;
@@ -357,11 +400,11 @@ __device__ __forceinline__ void run_key(const Params& p, int64_t token, int lane
   if (row < 0) return;
 #pragma unroll
   for (int i = 0; i < Part::kVectors; ++i) {
-    store_cache<kQuantise, Act>(p, row, p.lora_rank + lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
+    store_key<kRow, Act>(p, row, lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
   }
 }
 
-template <typename Act, bool kQuantise, bool kNorm>
+template <typename Act, Row kRow, bool kNorm>
 __device__ __forceinline__ void run_latent(const Params& p, int64_t token, const Latent<Act, kNorm>& latent, int64_t row,
                                            const Scale& scale) {
   if constexpr (kNorm) {
@@ -370,11 +413,11 @@ __device__ __forceinline__ void run_latent(const Params& p, int64_t token, const
     latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>& weight) {
       const auto normalised = normalise<Act>(part, weight, inverse_rms);
       store_as(out + index, normalised);
-      if (row >= 0) store_cache<kQuantise, Act>(p, row, index, normalised, scale);
+      if (row >= 0) store_latent<kRow, Act>(p, row, index, normalised, scale);
     });
   } else if (row >= 0) {
     latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>&) {
-      store_cache<kQuantise, Act>(p, row, index, part, scale);
+      store_latent<kRow, Act>(p, row, index, part, scale);
     });
   }
 }
@@ -413,7 +456,7 @@ template <int kHeads>
 constexpr int kFirstQueryTask = kHeads == 1 ? 2 : 1;
 
 // A block is (32 lanes, tasks of a token, tokens).
-template <typename Act, bool kNeox, int kHeads, bool kQuantise, bool kNorm>
+template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
 __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
@@ -424,17 +467,29 @@ __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT 
     run_query_heads<Act, kNeox, kHeads>(p, token, lane, task - kFirstQueryTask<kHeads>);
     return;
   }
-  const CacheRow<kQuantise> row(p, token);
+  const CacheRow<kRow> row(p, token);
   if constexpr (kFirstQueryTask<kHeads> == 1) {
     const Latent<Act, kNorm> latent(p, token, lane);
     const int64_t offset = row.offset(p);
-    run_key<Act, kNeox, kQuantise>(p, token, lane, offset, row.scale);
-    run_latent<Act, kQuantise, kNorm>(p, token, latent, offset, row.scale);
+    run_key<Act, kNeox, kRow>(p, token, lane, offset, row.scale);
+    run_latent<Act, kRow, kNorm>(p, token, latent, offset, row.scale);
   } else if (task == 0) {
     const Latent<Act, kNorm> latent(p, token, lane);
-    run_latent<Act, kQuantise, kNorm>(p, token, latent, row.offset(p), row.scale);
+    run_latent<Act, kRow, kNorm>(p, token, latent, row.offset(p), row.scale);
   } else {
-    run_key<Act, kNeox, kQuantise>(p, token, lane, row.offset(p), row.scale);
+    run_key<Act, kNeox, kRow>(p, token, lane, row.offset(p), row.scale);
+  }
+}
+
+// The latent of a row of fp8_ds_mla at any alignment, by one group of lanes.
+template <typename Act>
+__device__ __forceinline__ void store_ds_mla_tiles(uint8_t* row, const Act* kv_c, int lane) {
+  for (int start = 0; start < kDsMlaLoraRank; start += kDsMlaTile) {
+    float largest = 0.0f;
+    for (int i = start + lane; i < start + kDsMlaTile; i += kLanes) largest = fmaxf(largest, fabsf(to_float(kv_c[i])));
+    const float scale = ds_mla_scale(max_over_lanes<kLanes>(largest));
+    for (int i = start + lane; i < start + kDsMlaTile; i += kLanes) row[i] = to_fp8<Fp8::kE4M3>(to_float(kv_c[i]) / scale);
+    if (lane == 0) memcpy(row + kDsMlaScales + start / kDsMlaTile * 4, &scale, sizeof(scale));
   }
 }
 
@@ -446,7 +501,8 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
   const int half = p.rot_dim / 2;
   const int64_t slot = slot_of(p, token);
   const int64_t row = slot < 0 ? -1 : cache_offset(p, slot);
-  const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
+  const bool is_ds_mla = p.cache_kind == CacheKind::kFp8DsMla;
+  const float scale = p.cache_kind == CacheKind::kCopy || is_ds_mla ? 1.0f : *p.kv_cache_scale;
   const int64_t angle_row = position_of(p, token) * p.cos_sin_stride;
 
   const auto angle_at = [&](int index) {
@@ -454,7 +510,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
                               : to_float(static_cast<const Act*>(p.cos_sin_cache)[angle_row + index]);
   };
   const auto cache_at = [&](int index, Act value) {
-    if (row >= 0) store_cache_element(p, row + index, value, scale);
+    if (row >= 0) store_cache_element(p, row, index, value, scale);
   };
 
   // Head num_heads is the key.
@@ -481,20 +537,25 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
     }
   }
   const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
-  if (p.kv_c_weight == nullptr) {
+  if (p.kv_c_weight == nullptr && !is_ds_mla) {
     for (int i = threadIdx.x; i < p.lora_rank; i += blockDim.x) cache_at(i, kv_c[i]);
     return;
   }
   // One group of lanes has the whole row: no shared memory, and the same order of addition at every launch.
   if (threadIdx.x >= kLanes) return;
-  float sum = 0.0f;
-  for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) sum += to_float(kv_c[i]) * to_float(kv_c[i]);
-  const float inverse_rms = rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
-  Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
-  for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) {
-    out[i] = from_float<Act>(to_float(kv_c[i]) * inverse_rms * to_float(static_cast<const Act*>(p.kv_c_weight)[i]));
-    cache_at(i, out[i]);
+  if (p.kv_c_weight != nullptr) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) sum += to_float(kv_c[i]) * to_float(kv_c[i]);
+    const float inverse_rms = rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
+    Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
+    for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) {
+      out[i] = from_float<Act>(to_float(kv_c[i]) * inverse_rms * to_float(static_cast<const Act*>(p.kv_c_weight)[i]));
+      cache_at(i, out[i]);
+    }
+    // Below, each lane reads what it wrote itself.
+    kv_c = out;
   }
+  if (is_ds_mla && row >= 0) store_ds_mla_tiles(static_cast<uint8_t*>(p.kv_cache) + row, kv_c, threadIdx.x);
 }
 
 }  // namespace mla_fusion

@@ -14,7 +14,16 @@ enum class CacheKind : int32_t {
   kFp8E5M2,
   kFp8E4M3Fnuz,  // the same in the formats of AMD's gfx94x; not in CUDA builds
   kFp8E5M2Fnuz,
+  kFp8DsMla,  // rows of kDsMla*: each tile of the latent in e4m3 with a scale of its own, the key unquantised
 };
+
+// A row of fp8_ds_mla in bytes, as sparse attention reads it: latent, float32 scales of its tiles, key in 16 bits.
+constexpr int kDsMlaLoraRank = 512;
+constexpr int kDsMlaRotDim = 64;
+constexpr int kDsMlaTile = 128;
+constexpr int kDsMlaScales = kDsMlaLoraRank;
+constexpr int kDsMlaKey = kDsMlaScales + kDsMlaLoraRank / kDsMlaTile * 4;
+constexpr int kDsMlaRowBytes = kDsMlaKey + kDsMlaRotDim * 2;
 
 // Strides count elements of the tensor that they belong to.
 struct Params {
@@ -24,11 +33,11 @@ struct Params {
   const void* kv_c_weight;        // [lora_rank], or null: kv_c is cached as it is, without RMSNorm
   void* kv_c_out;                 // [num_tokens, lora_rank], contiguous: the normalised latent; null without norm
   void* k_pe_out;                 // [num_tokens, rot_dim], contiguous
-  void* kv_cache;                 // [num_blocks, block_size, lora_rank + rot_dim]
+  void* kv_cache;                 // [num_blocks, block_size, lora_rank + rot_dim], or kDsMlaRowBytes per row
   const void* positions;          // [num_tokens]
   const void* cos_sin_cache;      // [max_pos, rot_dim]: cos in the first half of a row, sin in the second
   const int64_t* slot_mapping;    // [num_slots]; negative: the row is not cached
-  const float* kv_cache_scale;    // one value, read on the device by the fp8 kinds
+  const float* kv_cache_scale;    // one value, read on the device by the fp8 kinds but kFp8DsMla
 
   int64_t q_token_stride;
   int64_t q_head_stride;

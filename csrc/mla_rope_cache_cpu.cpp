@@ -45,6 +45,19 @@ void store_fp8(const Act* in, uint8_t* out, int count, float scale) {
 }
 
 template <typename Act>
+void store_ds_mla_row(const Act* kv_c, const Act* key, uint8_t* row) {
+  for (int tile = 0; tile < kDsMlaLoraRank / kDsMlaTile; ++tile) {
+    const Act* in = kv_c + tile * kDsMlaTile;
+    float largest = 0.0f;
+    for (int i = 0; i < kDsMlaTile; ++i) largest = std::fmax(largest, std::fabs(to_float(in[i])));
+    const float scale = ds_mla_scale(largest);
+    store_fp8<Fp8::kE4M3>(in, row + tile * kDsMlaTile, kDsMlaTile, scale);
+    std::memcpy(row + kDsMlaScales + tile * sizeof(scale), &scale, sizeof(scale));
+  }
+  std::memcpy(row + kDsMlaKey, key, kDsMlaRotDim * sizeof(Act));
+}
+
+template <typename Act>
 void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind kind, float scale) {
   switch (kind) {
     case CacheKind::kCopy:
@@ -58,6 +71,8 @@ void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind 
       return store_fp8<Fp8::kE4M3Fnuz>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
     case CacheKind::kFp8E5M2Fnuz:
       return store_fp8<Fp8::kE5M2Fnuz>(in, static_cast<uint8_t*>(cache) + offset, count, scale);
+    case CacheKind::kFp8DsMla:  // not made of two like parts
+      return;
   }
 }
 
@@ -95,6 +110,7 @@ void run_token(const Params& p, int64_t token, float* cos_sin) {
   const int64_t slot = token < p.num_slots ? p.slot_mapping[token] : -1;
   if (slot < 0) return;
   const int64_t row = slot / p.block_size * p.cache_block_stride + slot % p.block_size * p.cache_row_stride;
+  if (p.cache_kind == CacheKind::kFp8DsMla) return store_ds_mla_row(kv_c, k_out, static_cast<uint8_t*>(p.kv_cache) + row);
   const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
   store_row(kv_c, p.kv_cache, row, p.lora_rank, p.cache_kind, scale);
   store_row(k_out, p.kv_cache, row + p.lora_rank, p.rot_dim, p.cache_kind, scale);

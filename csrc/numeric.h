@@ -4,6 +4,7 @@
 // and could not be compared with the bit-level version on hardware yet, so ROCm stays with the latter.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -141,6 +142,9 @@ MLA_FN uint8_t to_fp8(float value) {
   if (kIsFnuz && rounded == 0) return 0;
   return static_cast<uint8_t>(sign | rounded);
 }
+
+// The scale of a tile of fp8_ds_mla: its largest magnitude becomes e4m3's largest value. The bound is the smallest normal.
+MLA_FN float ds_mla_scale(float largest) { return fmaxf(largest / 448.0f, float_from_bits(0x00800000u)); }
 
 // Two values at once, the first in the low byte.
 template <Fp8 kFormat>

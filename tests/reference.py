@@ -14,6 +14,9 @@ FP8 = {
     "fp8_e4m3fnuz": torch.float8_e4m3fnuz,
     "fp8_e5m2fnuz": torch.float8_e5m2fnuz,
 }
+# FlashMLA's sparse layout: 512 bytes of latent in e4m3, a float32 scale for each 128, 64 rope values in 16 bits.
+DS_MLA = "fp8_ds_mla"
+DS_MLA_ROW_BYTES = 656
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,10 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:num_slots]
     if case.padding:
         slots[:: case.padding] = -1
-    cache_dtype = torch.uint8 if case.kv_cache_dtype in FP8 else case.dtype
-    row_stride = width + case.row_pad
+    is_ds_mla = case.kv_cache_dtype == DS_MLA
+    cache_dtype = torch.uint8 if is_ds_mla or case.kv_cache_dtype in FP8 else case.dtype
+    cache_width = DS_MLA_ROW_BYTES if is_ds_mla else width
+    row_stride = cache_width + case.row_pad
     block_stride = case.block_size * row_stride + case.block_pad
     storage = torch.randint(
         0, 256, (num_blocks * block_stride * cache_dtype.itemsize,), generator=generator, dtype=torch.uint8
@@ -127,7 +132,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         cos_sin_cache=cos_sin.to(case.cos_sin_dtype or case.dtype).to(device),
         is_neox=case.is_neox,
         slot_mapping=slots.to(device),
-        kv_cache=storage.as_strided((num_blocks, case.block_size, width), (block_stride, row_stride, 1)),
+        kv_cache=storage.as_strided((num_blocks, case.block_size, cache_width), (block_stride, row_stride, 1)),
         kv_cache_dtype=case.kv_cache_dtype,
         kv_cache_scale=torch.tensor(case.scale, device=device),
         k_pe_out=torch.full((num_tokens, 1, case.rot_dim), float("nan"), dtype=case.dtype, device=device),
@@ -168,13 +173,24 @@ def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return (x.float() / inputs.kv_cache_scale).clamp(-limit, limit).to(target).view(torch.uint8)
 
 
+def ds_mla_rows(latent: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Rows of fp8_ds_mla as bytes; a tile's scale is its largest magnitude over 448, and no subnormal."""
+    tiles = latent.float().unflatten(-1, (-1, 128))
+    scales = (tiles.abs().amax(-1) / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
+    values = (tiles / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in (values, scales, key)], -1)
+
+
 def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor, latent: torch.Tensor | None = None) -> torch.Tensor:
     """The cache's memory after the write of the given rotated key and latent (kv_c); `inputs` as before the call."""
     storage = inputs.cache_storage.clone()
     cache = storage.as_strided(inputs.kv_cache.shape, inputs.kv_cache.stride())
     latent = inputs.kv_c if latent is None else latent
-    rows = quantise(torch.cat([latent, k_pe_out.squeeze(1)], -1)[: len(inputs.slot_mapping)], inputs)
-    for slot, row in zip(inputs.slot_mapping.tolist(), rows, strict=True):
+    if inputs.kv_cache_dtype == DS_MLA:
+        rows = ds_mla_rows(latent, k_pe_out.squeeze(1))
+    else:
+        rows = quantise(torch.cat([latent, k_pe_out.squeeze(1)], -1), inputs)
+    for slot, row in zip(inputs.slot_mapping.tolist(), rows[: len(inputs.slot_mapping)], strict=True):
         if slot >= 0:
             cache[slot // cache.shape[1], slot % cache.shape[1]] = row
     return storage

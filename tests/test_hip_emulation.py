@@ -31,6 +31,7 @@ from vllm_mla_fusion import kernel
 CASES = [
     *test_kernel.CASES,
     *test_kernel.NORM_CASES,
+    *test_kernel.DS_MLA_CASES,
     V2_LITE.but(kv_cache_dtype="fp8_e4m3fnuz", padding=5),
     V3_RANK.but(kv_cache_dtype="fp8_e5m2fnuz", dtype=torch.float16, scale=0.0001),
     V2_LITE.but(kv_cache_dtype="fp8_e4m3fnuz", rot_dim=96, lora_rank=100, is_neox=True),  # the general path
@@ -66,6 +67,12 @@ def test_fp8_formats_bit_for_bit(kv_cache_dtype: str) -> None:
     test_fp8_formats.test_float32_values_around_every_rounding_boundary("cpu", kv_cache_dtype)
     for scale in (0.37, 3.0e-5, 117.3):
         test_fp8_formats.test_quotients_are_correctly_rounded("cpu", kv_cache_dtype, scale)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_ds_mla_tiles_of_all_magnitudes() -> None:
+    for row_pad in (0, 1):
+        test_kernel.test_ds_mla_tiles_of_all_magnitudes("cpu", row_pad)
 
 
 @pytest.mark.usefixtures("emulated")

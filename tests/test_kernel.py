@@ -51,6 +51,17 @@ CASES = [
     V2_LITE.but(positions_dtype=torch.int32),
     V2_LITE.but(block_size=48),
 ]
+DS_MLA_CASES = [
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", padding=3),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", num_tokens=2500, num_slots=2400),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", row_pad=16, block_pad=32, cos_sin_dtype=torch.float32),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", norm=True, num_slots=10),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", norm=True, num_tokens=2500),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", row_pad=1, block_pad=3),  # from here on: the general path
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", row_pad=8, padding=3, norm=True),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", dtype=torch.float16),
+    V3_RANK.but(kv_cache_dtype="fp8_ds_mla", is_neox=True, norm=True),
+]
 NORM_CASES = [
     V2_LITE.but(norm=True, padding=3),
     V3_RANK.but(norm=True, num_slots=10),
@@ -75,7 +86,7 @@ def run(inputs: Inputs) -> Inputs:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("case", CASES + NORM_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES + NORM_CASES + DS_MLA_CASES, ids=lambda case: case.name)
 def test_against_float64(case: Case, device: str) -> None:
     inputs = make_inputs(case, device)
     result = run(inputs)
@@ -133,6 +144,22 @@ def test_every_float16_value_in_fp8(kv_cache_dtype: str, device: str) -> None:
         device,
     )
     inputs.kv_c = values.to(device)
+    result = run(inputs)
+    expected = expected_cache(inputs, result.k_pe_out)
+    assert torch.equal(result.cache_storage, expected)
+
+
+@pytest.mark.parametrize("row_pad", [0, 1], ids=["vectors", "general"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ds_mla_tiles_of_all_magnitudes(device: str, row_pad: int) -> None:
+    """Each tile has a scale of its own: zeros, subnormals, the largest bfloat16, one outlier, signed zeros."""
+    inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8_ds_mla", num_tokens=280, row_pad=row_pad), device)
+    latent = torch.randn(280, 4, 128, generator=torch.Generator().manual_seed(1))
+    latent *= torch.ldexp(torch.ones(280), torch.arange(-152, 128)).view(-1, 1, 1).clamp(max=2.0**125)
+    latent[::3, 1] = 0.0
+    latent[1::3, 2, 77] = torch.finfo(torch.bfloat16).max
+    latent[::5, 3, ::2] = -0.0
+    inputs.kv_c = latent.flatten(1).to(torch.bfloat16).to(device)
     result = run(inputs)
     expected = expected_cache(inputs, result.k_pe_out)
     assert torch.equal(result.cache_storage, expected)
@@ -198,6 +225,7 @@ BAD = {
     "kv_cache must be": lambda i: setattr(i, "kv_cache", i.kv_cache[..., :-1]),
     "kv_cache must have dtype bfloat16": lambda i: setattr(i, "kv_cache", i.kv_cache.float()),
     "kv_cache must have dtype uint8": lambda i: setattr(i, "kv_cache_dtype", "fp8"),
+    "kv_cache must have dtype uint8, got bfloat16": lambda i: setattr(i, "kv_cache_dtype", "fp8_ds_mla"),
     "kv_cache_dtype must be one of": lambda i: setattr(i, "kv_cache_dtype", "int4"),
     "kv_cache_dtype 'float16' must be": lambda i: setattr(i, "kv_cache_dtype", "float16"),
     "k_pe_out must be contiguous": lambda i: setattr(i, "k_pe_out", i.k_pe_out.repeat(1, 1, 2)[..., ::2]),
@@ -232,6 +260,29 @@ def test_bad_norm_is_refused(message: str) -> None:
     BAD_NORM[message](inputs)
     with pytest.raises(RuntimeError, match=message):
         kernel.norm_op()(*inputs.args())
+
+
+BAD_DS_MLA = {
+    r"kv_cache must be .*bytes of a row\] = \[any, any, 656\]": lambda i: setattr(i, "kv_cache", i.kv_cache[..., :576]),
+    r"kv_c must be .*512\] for an fp8_ds_mla cache": lambda i: setattr(i, "kv_c", i.kv_c[:, :384]),
+    "kv_cache must have dtype uint8, got bfloat16": lambda i: setattr(i, "kv_cache", i.kv_cache.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("message", BAD_DS_MLA)
+def test_bad_ds_mla_is_refused(message: str) -> None:
+    inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8_ds_mla"))
+    BAD_DS_MLA[message](inputs)
+    before = inputs.query.clone()
+    with pytest.raises(RuntimeError, match=message):
+        kernel.op()(*inputs.args())
+    assert torch.equal(inputs.query, before)
+
+
+def test_ds_mla_with_float32_is_refused() -> None:
+    inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8_ds_mla", dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="q_pe must have dtype bfloat16 or float16, got float32"):
+        kernel.op()(*inputs.args())
 
 
 @pytest.mark.parametrize("norm", [False, True])

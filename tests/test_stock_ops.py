@@ -40,25 +40,8 @@ def assert_rotation_agrees(ours: torch.Tensor, stock: torch.Tensor, exact: torch
     torch.testing.assert_close(ours, stock, atol=2e-2, rtol=2e-2)
 
 
-WRITER_CASES = [
-    V2_LITE,
-    V3_RANK,
-    V2_LITE.but(kv_cache_dtype="fp8"),
-    V3_RANK.but(kv_cache_dtype="fp8_e4m3", scale=3.1),
-    V2_LITE.but(dtype=torch.float16),
-    V2_LITE.but(num_tokens=3000, row_pad=64, block_pad=64),
-]
-# vLLM's writer on ROCm knows no e5m2, and rounds the quotient of a float16 latent to float16 before it rounds to fp8.
-NOT_ON_ROCM = [
-    V2_LITE.but(kv_cache_dtype="fp8_e5m2"),
-    V2_LITE.but(dtype=torch.float16, kv_cache_dtype="fp8", scale=0.002),
-]
-
-
-@GPU
-@pytest.mark.parametrize("case", WRITER_CASES + ([] if torch.version.hip else NOT_ON_ROCM), ids=lambda case: case.name)
-def test_gpu_writer_and_rotary_op(case: Case) -> None:
-    """The cache is bitwise what `concat_and_cache_mla` writes for the same rotated key."""
+def write_with_stock(case: Case) -> tuple[Inputs, Inputs, Inputs]:
+    """The inputs, what our op leaves, and a cache into which vLLM's writer put the same rotated key."""
     from vllm import _custom_ops as stock
 
     inputs = make_inputs(case, "cuda")
@@ -73,12 +56,51 @@ def test_gpu_writer_and_rotary_op(case: Case) -> None:
         case.kv_cache_dtype,
         inputs.kv_cache_scale,
     )
+    return inputs, ours, theirs
+
+
+WRITER_CASES = [
+    V2_LITE,
+    V3_RANK,
+    V2_LITE.but(kv_cache_dtype="fp8"),
+    V3_RANK.but(kv_cache_dtype="fp8_e4m3", scale=3.1),
+    V2_LITE.but(dtype=torch.float16),
+    V2_LITE.but(num_tokens=3000, row_pad=64, block_pad=64),
+]
+# vLLM's writer on ROCm knows no e5m2, and rounds the quotient of a float16 latent to float16 before it rounds to fp8.
+NOT_ON_ROCM = [
+    V2_LITE.but(kv_cache_dtype="fp8_e5m2"),
+    V2_LITE.but(dtype=torch.float16, kv_cache_dtype="fp8", scale=0.002),
+]
+# Where vLLM's writer rounds the tiles' scales to powers of two, the plugin leaves fp8_ds_mla to it.
+DS_MLA_CASES = [
+    V2_LITE.but(kv_cache_dtype="fp8_ds_mla", kv_extra=1536),
+    V2_LITE.but(kv_cache_dtype="fp8_ds_mla", num_tokens=3000),
+]
+
+
+@GPU
+@pytest.mark.parametrize("case", WRITER_CASES + ([] if torch.version.hip else NOT_ON_ROCM), ids=lambda case: case.name)
+def test_gpu_writer_and_rotary_op(case: Case) -> None:
+    """The cache is bitwise what `concat_and_cache_mla` writes for the same rotated key."""
+    from vllm import _custom_ops as stock
+
+    inputs, ours, theirs = write_with_stock(case)
     assert_same_bytes(ours.cache_storage, theirs.cache_storage)
 
     q_pe, k_pe = inputs.q_pe.contiguous(), inputs.k_pe.clone()
     stock.rotary_embedding(inputs.positions, q_pe, k_pe, case.rot_dim, inputs.cos_sin_cache, case.is_neox)
     assert_rotation_agrees(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
     assert_rotation_agrees(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+
+
+@GPU
+@pytest.mark.parametrize("case", [] if torch.version.hip else DS_MLA_CASES, ids=lambda case: case.name)
+def test_gpu_writer_of_fp8_ds_mla(case: Case) -> None:
+    """The whole cache is bitwise that of vLLM's writer exactly where the plugin finds that their scales agree."""
+    _, ours, theirs = write_with_stock(case)
+    is_same = torch.equal(ours.cache_storage, theirs.cache_storage)
+    assert is_same == compat._ds_mla_writer_agrees(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("case", [V2_LITE, V3_RANK, V2_LITE.but(dtype=torch.float32)], ids=lambda case: case.name)

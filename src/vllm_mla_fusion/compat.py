@@ -8,6 +8,7 @@ Differences that matter here, with the release that introduced them:
 - 0.26: sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
 - 0.28: MLA on the CPU platform, which compiles with plain Inductor and has no pass manager.
 - 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
+- 0.31: `concat_and_cache_mla` rounds the scales of fp8_ds_mla up to powers of two.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ _POST_GRAD_HOOK = "post_grad_custom_post_pass"
 _ENVIRONMENT_FACTOR = "VLLM_MLA_FUSION"
 _PATCHED = "_mla_fusion_patched"
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+_DS_MLA = "fp8_ds_mla"
+_DS_MLA_ROW_BYTES = 656
 
 PrepareConfig = Callable[[Any, bool], None]
 BeforeDevice = Callable[[Any], None]
@@ -172,6 +175,7 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
 
     # Executors call this method through the wrapper, whose __getattr__ would hand it to the worker.
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _try_stock_writers(self.vllm_config)
         call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
         result = call(*args, **kwargs)
         after_warm_up(self.vllm_config, self.rpc_rank == 0)
@@ -483,13 +487,59 @@ def _layer_problem(layer: Any) -> str | None:
 
 
 def _cache_problem(kv_cache: torch.Tensor, kv_cache_dtype: str, layer: Any, dtype: torch.dtype) -> str | None:
-    width = layer.kv_lora_rank + layer.qk_rope_head_dim
+    width = _DS_MLA_ROW_BYTES if kv_cache_dtype == _DS_MLA else layer.kv_lora_rank + layer.qk_rope_head_dim
     if kv_cache.dim() != 3 or kv_cache.shape[-1] != width or kv_cache.stride(-1) != 1:
         return f"cache layout {tuple(kv_cache.shape)} is not [num_blocks, block_size, {width}]"
     if kv_cache_dtype in ("auto", "bfloat16", "float16"):
         return None if kv_cache.dtype == dtype else f"the cache is {kv_cache.dtype}, the latent {dtype}"
     if kv_cache_dtype == "fp8_e5m2" and _platform().is_rocm():
         return "vLLM's writer knows no fp8_e5m2 on ROCm, and its attention would read it as e4m3"
+    if kv_cache_dtype in (*_FP8, _DS_MLA) and kv_cache.is_cuda and kv_cache.dtype != torch.uint8:
+        return f"the {kv_cache_dtype} cache is {kv_cache.dtype}, not torch.uint8"
     if kv_cache_dtype in _FP8 and kv_cache.is_cuda:
-        return None if kv_cache.dtype == torch.uint8 else f"the fp8 cache is {kv_cache.dtype}, not torch.uint8"
+        return None
+    if kv_cache_dtype == _DS_MLA and _platform().is_cuda():
+        return _ds_mla_problem(kv_cache.device, dtype)
     return f"cache dtype {kv_cache_dtype!r} on {kv_cache.device.type}"
+
+
+def _ds_mla_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float32:
+        return f"fp8_ds_mla rows hold a key of 16 bits, the latent is {dtype}"
+    if _ds_mla_writer_agrees.cache_info().currsize == 0 and torch.cuda.is_current_stream_capturing():
+        return "vLLM's fp8_ds_mla writer was not tried before a CUDA graph was captured"
+    return None if _ds_mla_writer_agrees(device) else "vLLM's fp8_ds_mla writer stores other bytes than our kernel"
+
+
+@functools.cache
+def _ds_mla_writer_agrees(device: torch.device) -> bool:
+    """Whether vLLM's writer and our kernel leave the same bytes: releases differ in the scales of fp8_ds_mla."""
+    from vllm_mla_fusion import kernel
+
+    num_tokens = 64
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(num_tokens, 576, generator=generator) * torch.logspace(-6, 6, num_tokens, 10.0).unsqueeze(1)
+    kv_c, k_pe = values.to(torch.bfloat16).to(device).split([512, 64], -1)
+    slots = torch.arange(num_tokens, device=device)
+    scale = torch.ones(1, device=device)
+    ours, theirs = torch.zeros((2, 1, num_tokens, _DS_MLA_ROW_BYTES), dtype=torch.uint8, device=device)
+    unrotated = torch.tensor([1.0] * 32 + [0.0] * 32, device=device).unsqueeze(0)
+    q_pe, k_pe_out = torch.zeros((2, num_tokens, 1, 64), dtype=torch.bfloat16, device=device)
+    try:
+        write = importlib.import_module("vllm._custom_ops").concat_and_cache_mla
+        write(kv_c, k_pe, theirs, slots, _DS_MLA, scale)
+        inputs = (torch.zeros_like(slots), q_pe, k_pe, kv_c, unrotated, False)
+        kernel.op()(*inputs, slots, ours, _DS_MLA, scale, k_pe_out)
+    except (ImportError, AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(ours, theirs)
+
+
+def _try_stock_writers(vllm_config: Any) -> None:
+    """Finds out before CUDA graphs are captured what the op will ask; else it leaves the cache to vLLM's writer."""
+    try:
+        dtypes = {layer.kv_cache_dtype for layer in mla_layers(vllm_config).values()}
+        if _DS_MLA in dtypes and _platform().is_cuda():
+            _ds_mla_writer_agrees(torch.device("cuda", torch.cuda.current_device()))
+    except Exception:
+        logger.warning("MLA fusion: vLLM's cache writer could not be tried.", exc_info=True)

@@ -16,12 +16,14 @@ KV cache. Arguments, in order:
 - `slot_mapping` `[num_slots]`, int64, `num_slots <= num_tokens`: the cache row of each token,
   `block * block_size + row in the block`. A negative entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are
   rotated for all tokens all the same.
-- `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]`, any block and row stride. **Rows of the slots are
-  written**, no other byte. An empty cache is not written.
+- `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]` (fp8_ds_mla: `[num_blocks, block_size, 656]`), any block
+  and row stride. **Rows of the slots are written**, no other byte. An empty cache is not written.
 - `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache
   in uint8, OCP formats; the values divided by `kv_cache_scale`, saturated), `fp8_e4m3fnuz`, `fp8_e5m2fnuz` (the same in
-  the formats of AMD's gfx94x; on the CPU and on ROCm).
-- `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only.
+  the formats of AMD's gfx94x; on the CPU and on ROCm), `fp8_ds_mla` (uint8 rows of FlashMLA's sparse attention, for
+  `kv_lora_rank` 512, `rot_dim` 64 and 16-bit activations: 512 values in e4m3, four float32 scales, 64 rope values as
+  they are; the scale of 128 values is their largest magnitude over 448, at least the smallest normal float32).
+- `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only, not by `fp8_ds_mla`.
 - `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
 
 `torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused` takes the raw latent instead: `kv_c` is followed by
