@@ -189,6 +189,11 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
         site = _match_rotary_op(k_rotated, rotary[0], ops)
     elif len(gathers) == 1 and not rotary:
         site = _match_native(update, k_rotated, cone, gathers[0], ops)
+    elif not gathers and not rotary:
+        raise _NoMatch(
+            "the rotary embedding of its key is in another graph, beyond a splitting op such as a sparse indexer; "
+            "start vLLM with use_inductor_graph_partition=True in the compilation config to have both in one"
+        )
     else:
         raise _NoMatch("the key that is cached does not come from one rotary embedding")
     _check_tensors(site, kv_c)
