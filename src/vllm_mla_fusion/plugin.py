@@ -64,11 +64,11 @@ def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
         _warn(problem)
 
 
-def _after_warm_up(vllm_config: Any, is_first_worker: bool) -> None:
+def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
     from vllm_mla_fusion import compat, report
 
     try:
-        report.after_warm_up(vllm_config, is_first_worker)
+        report.after_warm_up(vllm_config, worker, is_first_worker)
     except Exception:
         if activation.mode() is Mode.STRICT:
             raise
