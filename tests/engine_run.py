@@ -42,27 +42,51 @@ def give_layers_their_own_writer() -> None:
     cpu_mla.CPUMLABackend.get_impl_cls = staticmethod(lambda: OwnWriter)
 
 
+def start(spec: dict):
+    from vllm import LLM
+
+    options = {"max_model_len": 1536, "max_num_batched_tokens": 384, "max_num_seqs": 32}
+    options |= {"enable_chunked_prefill": True, "enable_prefix_caching": True, "tokenizer": str(MODEL)}
+    return LLM(spec.get("model", str(MODEL)), **options | spec.get("engine", {}))
+
+
+def generate(llm, prompts: list[str]) -> list:
+    from vllm import SamplingParams
+
+    greedy = SamplingParams(temperature=0, max_tokens=256, stop=["\n\n"])
+    return llm.generate(prompts, greedy, use_tqdm=False)
+
+
+def tokens(outputs: list) -> list[list[int]]:
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+def several_engines(spec: dict, prompts: list[str]) -> list[list[list[int]]]:
+    """The tokens of one engine, of a second beside it, of the first again, and of a third after both are gone."""
+    first = start(spec)
+    found = [tokens(generate(first, prompts))]
+    second = start(spec)
+    found += [tokens(generate(second, prompts)), tokens(generate(first, prompts))]
+    for llm in (first, second):
+        llm.llm_engine.engine_core.shutdown()
+    del first, second, llm
+    return [*found, tokens(generate(start(spec), prompts))]
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    from vllm import LLM, SamplingParams
-
     if spec.get("own_writer"):
         give_layers_their_own_writer()
-    llm = LLM(
-        str(MODEL),
-        max_model_len=1536,
-        max_num_batched_tokens=384,
-        max_num_seqs=32,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        **spec.get("engine", {}),
-    )
-    greedy = SamplingParams(temperature=0, max_tokens=256, stop=["\n\n"])
-    mixed = llm.generate(mixed_prompts(spec.get("prompts", 64)), greedy, use_tqdm=False)
+    prompts = mixed_prompts(spec.get("prompts", 64))
+    if spec.get("several"):
+        Path(sys.argv[2]).write_text(json.dumps({"tokens": several_engines(spec, prompts)}))
+        return
+    llm = start(spec)
+    mixed = generate(llm, prompts)
     problems = rows("test")[: spec.get("problems", 0)]
-    answers = llm.generate([f"Question: {row['question']}\nAnswer:" for row in problems], greedy, use_tqdm=False)
+    answers = generate(llm, [f"Question: {row['question']}\nAnswer:" for row in problems])
     result = {
-        "tokens": [list(out.outputs[0].token_ids) for out in mixed],
+        "tokens": tokens(mixed),
         "prompt_lengths": sorted({len(out.prompt_token_ids) for out in mixed}),
         "solved": solved(answers, problems),
     }
