@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses a kernel for the sizes and alignments at hand and launches it. CUDA or HIP runtime only, no torch headers.
-// Each activation type is compiled in a file of its own, so that a build uses more than one core.
+// fp16 is compiled in a file of its own, so that a build uses more than one core.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,8 +23,9 @@ bool vectors_fit(const Params& p) {
   constexpr int kWidth = kActsPerVector<Act>;
   const int per_column = p.is_neox ? 2 * kWidth : kWidth;
   const int columns = p.rot_dim / per_column;
-  const bool shape_fits = p.rot_dim % per_column == 0 && p.lora_rank % kWidth == 0 && columns > 0 && columns <= kLanes &&
-                          (columns & (columns - 1)) == 0;
+  const bool shape_fits = p.rot_dim % per_column == 0 && columns > 0 && columns <= kLanes &&
+                          (columns & (columns - 1)) == 0 && p.lora_rank % kWidth == 0 &&
+                          p.lora_rank <= kLatentVectors * kLanes * kWidth;
   const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&
                            p.k_token_stride % kWidth == 0 && p.kv_token_stride % kWidth == 0 &&
                            p.cos_sin_stride % kWidth == 0 && p.cache_block_stride % kWidth == 0 &&

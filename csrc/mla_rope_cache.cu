@@ -3,7 +3,6 @@
 
 namespace mla_fusion {
 
-void launch_bf16(const Params& params, cudaStream_t stream);
 void launch_fp16(const Params& params, cudaStream_t stream);
 
 int launch_gpu(const Params& params, void* stream_handle) {
@@ -17,7 +16,7 @@ int launch_gpu(const Params& params, void* stream_handle) {
       launch_fp16(params, stream);
       break;
     case ActType::kBFloat16:
-      launch_bf16(params, stream);
+      choose_path<BFloat16>(params, stream);
       break;
   }
   return static_cast<int>(cudaGetLastError());

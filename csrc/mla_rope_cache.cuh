@@ -273,30 +273,28 @@ __device__ __forceinline__ void store_cache_element(const Params& p, int64_t off
   }
 }
 
-// The latent of one token, and the norm's weight: kBatch vectors per lane are loaded before anything else is waited for.
+// Vectors of the latent that a lane holds: 512 elements of 16 bits, what MLA models have, are two.
+constexpr int kLatentVectors = 2;
+
+// The latent of one token, and the norm's weight, loaded before anything else is waited for.
 template <typename Act, bool kNorm>
 struct Latent {
   static constexpr int kWidth = kActsPerVector<Act>;
-  static constexpr int kBatch = 2;
 
-  const Act* source;
-  const Act* weight;
   int vectors;
   int lane;
-  ActVector<Act> first[kBatch];
-  ActVector<Act> first_weight[kNorm ? kBatch : 1];
+  ActVector<Act> part[kLatentVectors];
+  ActVector<Act> weight[kNorm ? kLatentVectors : 1];
 
   __device__ __forceinline__ Latent(const Params& p, int64_t token, int lane_index)
-      : source(static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride),
-        weight(static_cast<const Act*>(p.kv_c_weight)),
-        vectors(p.lora_rank / kWidth),
-        lane(lane_index) {
+      : vectors(p.lora_rank / kWidth), lane(lane_index) {
+    const Act* source = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kLatentVectors; ++i) {
       const int index = lane + i * kLanes;
       if (index >= vectors) continue;
-      first[i] = load_as<ActVector<Act>>(source + index * kWidth);
-      if constexpr (kNorm) first_weight[i] = load_as<ActVector<Act>>(weight + index * kWidth);
+      part[i] = load_as<ActVector<Act>>(source + index * kWidth);
+      if constexpr (kNorm) weight[i] = load_as<ActVector<Act>>(static_cast<const Act*>(p.kv_c_weight) + index * kWidth);
     }
   }
 
@@ -304,12 +302,8 @@ struct Latent {
   template <typename Visit>
   __device__ __forceinline__ void for_each(Visit visit) const {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (lane + i * kLanes < vectors) visit((lane + i * kLanes) * kWidth, first[i], first_weight[kNorm ? i : 0]);
-    }
-    for (int index = lane + kBatch * kLanes; index < vectors; index += kLanes) {
-      const auto part = load_as<ActVector<Act>>(source + index * kWidth);
-      visit(index * kWidth, part, kNorm ? load_as<ActVector<Act>>(weight + index * kWidth) : part);
+    for (int i = 0; i < kLatentVectors; ++i) {
+      if (lane + i * kLanes < vectors) visit((lane + i * kLanes) * kWidth, part[i], weight[kNorm ? i : 0]);
     }
   }
 

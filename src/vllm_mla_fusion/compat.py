@@ -41,6 +41,7 @@ _PATCHED = "_mla_fusion_patched"
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 PrepareConfig = Callable[[Any, bool], None]
+BeforeDevice = Callable[[Any], None]
 AfterWarmUp = Callable[[Any, Any, bool], None]
 
 
@@ -92,7 +93,7 @@ def failed_probe() -> str | None:
         ("vllm.config", "VllmConfig", ("__post_init__",)),
         ("vllm.envs", "environment_variables", ()),
         ("vllm.platforms", "current_platform", ("get_pass_manager_cls", "is_cuda_alike", "is_cpu")),
-        ("vllm.v1.worker.worker_base", "WorkerWrapperBase", ("init_worker",)),
+        ("vllm.v1.worker.worker_base", "WorkerWrapperBase", ("init_device",)),
         ("vllm.utils.torch_utils", "_resolve_layer_name", ()),
         ("vllm.utils.torch_utils", "LayerNameType", ()),
     ]
@@ -125,16 +126,17 @@ def _platform() -> Any:
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-def install_hooks(prepare_config: PrepareConfig, after_warm_up: AfterWarmUp) -> None:
+def install_hooks(prepare_config: PrepareConfig, before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> None:
     """Patches the vLLM of this process; a second call does nothing.
 
     Args:
         prepare_config: called with each finished VllmConfig and whether its splitting ops were vLLM's default.
+        before_device: called in each worker with its VllmConfig, before it has a device or a model.
         after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and whether
             it is the first of its engine.
     """
     _hook_config(prepare_config)
-    _hook_worker(after_warm_up)
+    _hook_worker(before_device, after_warm_up)
     _hook_pass_manager()
     environment = importlib.import_module("vllm.envs").environment_variables
     # vLLM's compile caches are keyed by all of these; the passes are not part of the key.
@@ -157,20 +159,27 @@ def _hook_config(prepare_config: PrepareConfig) -> None:
     config_class.__post_init__ = post_init
 
 
-def _hook_worker(after_warm_up: AfterWarmUp) -> None:
+def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> None:
     wrapper_class = importlib.import_module("vllm.v1.worker.worker_base").WorkerWrapperBase
-    original = getattr(wrapper_class, "compile_or_warm_up_model", None)
-    if hasattr(original, _PATCHED):
+    if hasattr(wrapper_class.init_device, _PATCHED):
         return
+    stock_init_device = wrapper_class.init_device
+    stock_warm_up = getattr(wrapper_class, "compile_or_warm_up_model", None)
+
+    @functools.wraps(stock_init_device)
+    def init_device(self: Any) -> None:
+        before_device(self.vllm_config)
+        stock_init_device(self)
 
     # Executors call this method through the wrapper, whose __getattr__ would hand it to the worker.
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(original, self) if original else self.worker.compile_or_warm_up_model
+        call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
         result = call(*args, **kwargs)
         after_warm_up(self.vllm_config, self.worker, self.rpc_rank == 0)
         return result
 
-    setattr(compile_or_warm_up_model, _PATCHED, True)
+    setattr(init_device, _PATCHED, True)
+    wrapper_class.init_device = init_device
     wrapper_class.compile_or_warm_up_model = compile_or_warm_up_model
 
 
@@ -212,6 +221,11 @@ def not_compiled_reason(vllm_config: Any) -> str | None:
     if mode != "VLLM_COMPILE" and not _platform().is_cpu():
         return f"compilation mode {mode} has no vLLM pass manager"
     return None
+
+
+def has_mla_graphs(vllm_config: Any) -> bool:
+    """Whether the target model has MLA layers in graphs that vLLM's passes see."""
+    return is_mla_model(vllm_config) and not_compiled_reason(vllm_config) is None
 
 
 def config_problem(vllm_config: Any) -> str | None:
@@ -285,13 +299,16 @@ def fuse(graph: fx.Graph) -> None:
     """Runs the fusion and remembers for the report why sites were left alone. Never raises: a server must not stop."""
     from vllm_mla_fusion import kernel, report
 
-    reason = kernel.failure()
-    if reason is not None:
-        report.left_alone([f"the kernel is not available: {reason}"])
-        return
     try:
-        result = fusion_pass.fuse(graph, fusion_ops())
-        report.left_alone(result.reasons, result.without_rope)
+        ops = fusion_ops()
+        if not graph.find_nodes(op="call_function", target=ops.update):
+            return
+        reason = kernel.failure()
+        if reason is None:
+            result = fusion_pass.fuse(graph, ops)
+            report.left_alone(result.reasons, result.without_rope)
+        else:
+            report.left_alone([f"the kernel is not available: {reason}"])
     except Exception as error:
         logger.warning("The MLA fusion pass failed; this graph runs as stock vLLM.", exc_info=True)
         report.left_alone([f"the pass failed: {error!r}"])
@@ -299,7 +316,10 @@ def fuse(graph: fx.Graph) -> None:
 
 def defunctionalise(graph: fx.Graph) -> None:
     """Runs the last step of the fusion. A graph that it cannot improve stays functional, which is right and slower."""
-    fusion_pass.defunctionalise(graph, fusion_ops())
+    try:
+        fusion_pass.defunctionalise(graph, fusion_ops())
+    except Exception:
+        logger.warning("The MLA fusion pass failed in its last step; this graph copies q_pe.", exc_info=True)
 
 
 class InductorHook(CustomGraphPass):

@@ -3,9 +3,12 @@
 
 import functools
 import hashlib
+import threading
 from pathlib import Path
 
 import vllm_mla_fusion
+
+_kernel_expected = threading.Event()
 
 
 @functools.cache
@@ -16,9 +19,17 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def expect_kernel() -> None:
+    """This process has a model whose graphs may be fused. Without one, nobody waits for a build to have a key."""
+    _kernel_expected.set()
+
+
 def compile_cache_key() -> str:
     """Differs between plugin versions and between fused and unfused graphs: never reuse one for the other."""
     from vllm_mla_fusion import activation, kernel
 
-    state = "unavailable" if kernel.failure() else f"norm-{activation.norm().value}"
+    if not _kernel_expected.is_set():
+        state = "no-kernel-expected"
+    else:
+        state = "unavailable" if kernel.failure() else f"norm-{activation.norm().value}"
     return f"{state}:{vllm_mla_fusion.__version__}:{_sources()}"

@@ -47,7 +47,7 @@ def _activate(mode: Mode) -> None:
         return
     # Compiled graphs from vLLM's cache call the op without any pass having run.
     ops.register()
-    compat.install_hooks(_prepare_config, _after_warm_up)
+    compat.install_hooks(_prepare_config, _before_device, _after_warm_up)
 
 
 def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
@@ -64,6 +64,19 @@ def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
         _warn(problem)
 
 
+def _before_device(vllm_config: Any) -> None:
+    """A spawned worker gets a finished configuration, which `_prepare_config` never saw in its process."""
+    from vllm_mla_fusion import compat, identity
+
+    try:
+        if compat.has_mla_graphs(vllm_config) and compat.config_problem(vllm_config) is None:
+            identity.expect_kernel()
+    except Exception:
+        if activation.mode() is Mode.STRICT:
+            raise
+        compat.logger.warning("MLA fusion: this worker's configuration could not be read.", exc_info=True)
+
+
 def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
     from vllm_mla_fusion import compat, report
 
@@ -76,15 +89,15 @@ def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None
 
 
 def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
-    from vllm_mla_fusion import compat, kernel
+    from vllm_mla_fusion import compat, identity, kernel
 
-    if not compat.is_mla_model(vllm_config) or compat.not_compiled_reason(vllm_config) is not None:
+    if not compat.has_mla_graphs(vllm_config):
         return None
-    return (
-        compat.config_problem(vllm_config)
-        or kernel.failure()
-        or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
-    )
+    problem = compat.config_problem(vllm_config)
+    if problem is not None:
+        return problem
+    identity.expect_kernel()
+    return kernel.failure() or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
 
 
 def _warn(problem: str) -> None:

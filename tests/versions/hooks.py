@@ -2,6 +2,7 @@
 """What must hold for the plugin's hooks into a release, beside the graphs: the pass manager, the worker, the layers."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_mla_fusion import compat, plugin, report
+from vllm_mla_fusion import compat, identity, plugin, report
 
 from .stock_model import NUM_LAYERS
 
@@ -48,6 +49,7 @@ def problems() -> Iterator[str]:
 def _hooked_functions() -> tuple[Any, ...]:
     return (
         VllmConfig.__post_init__,
+        WorkerWrapperBase.init_device,
         getattr(WorkerWrapperBase, "compile_or_warm_up_model", None),
         type(current_platform).get_pass_manager_cls.__func__,
         "VLLM_MLA_FUSION" in envs.environment_variables,
@@ -80,10 +82,18 @@ def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:
 
 
 def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]:
-    """Whether strict mode judges the layers after a warm-up through the worker's wrapper, as executors call it."""
+    """Whether a worker that is spawned with `config` expects the kernel, and strict mode judges it after its warm-up.
+
+    All calls go through the worker's wrapper, as executors make them.
+    """
     wrapper = WorkerWrapperBase(rpc_rank=0)
     wrapper.vllm_config = config
-    wrapper.worker = SimpleNamespace(compile_or_warm_up_model=lambda: "times", get_model=lambda: model)
+    stubs = {"init_device": list, "compile_or_warm_up_model": lambda: "times", "get_model": lambda: model}
+    wrapper.worker = SimpleNamespace(**stubs)
+    with patch.object(identity, "_kernel_expected", threading.Event()) as expected:
+        wrapper.init_device()
+        if not expected.is_set():
+            yield "a spawned worker does not know that it needs the kernel"
     with suppress(report.NotFusedError):
         wrapper.compile_or_warm_up_model()
         yield "strict mode accepts layers that never ran the op"
