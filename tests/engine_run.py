@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -42,27 +43,81 @@ def give_layers_their_own_writer() -> None:
     cpu_mla.CPUMLABackend.get_impl_cls = staticmethod(lambda: OwnWriter)
 
 
+def options(spec: dict) -> dict:
+    found = {"model": str(MODEL), "tokenizer": str(MODEL), "max_model_len": 1536, "max_num_batched_tokens": 384}
+    found |= {"max_num_seqs": 32, "enable_chunked_prefill": True, "enable_prefix_caching": True}
+    return found | spec.get("engine", {})
+
+
+def start(spec: dict):
+    from vllm import LLM
+
+    return LLM(**options(spec))
+
+
+def greedy():
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=256, stop=["\n\n"])
+
+
+def generate(llm, prompts: list[str]) -> list:
+    return llm.generate(prompts, greedy(), use_tqdm=False)
+
+
+def tokens(outputs: list) -> list[list[int]]:
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+def several_engines(spec: dict, prompts: list[str]) -> list[list[list[int]]]:
+    """The tokens of one engine, of a second beside it, of the first again, and of a third after both are gone."""
+    first = start(spec)
+    found = [tokens(generate(first, prompts))]
+    second = start(spec)
+    found += [tokens(generate(second, prompts)), tokens(generate(first, prompts))]
+    for llm in (first, second):
+        llm.llm_engine.engine_core.shutdown()
+    del first, second, llm
+    return [*found, tokens(generate(start(spec), prompts))]
+
+
+async def data_parallel(spec: dict, prompts: list[str]) -> list[list[list[int]]]:
+    """The tokens that rank 0 generates while rank 1 runs dummy batches only, and those of all ranks at work."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options(spec)))
+
+    async def one(number: str, prompt: str, rank: int | None) -> list[int]:
+        async for output in engine.generate(prompt, greedy(), number, data_parallel_rank=rank):
+            last = output
+        return list(last.outputs[0].token_ids)
+
+    async def all_of(name: str, rank: int | None) -> list[list[int]]:
+        return await asyncio.gather(*(one(f"{name}-{i}", prompt, rank) for i, prompt in enumerate(prompts)))
+
+    found = [await all_of("one rank", 0), await all_of("all ranks", None)]
+    engine.shutdown()
+    return found
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    from vllm import LLM, SamplingParams
-
     if spec.get("own_writer"):
         give_layers_their_own_writer()
-    llm = LLM(
-        str(MODEL),
-        max_model_len=1536,
-        max_num_batched_tokens=384,
-        max_num_seqs=32,
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        **spec.get("engine", {}),
-    )
-    greedy = SamplingParams(temperature=0, max_tokens=256, stop=["\n\n"])
-    mixed = llm.generate(mixed_prompts(spec.get("prompts", 64)), greedy, use_tqdm=False)
+    prompts = mixed_prompts(spec.get("prompts", 64))
+    if spec.get("several"):
+        Path(sys.argv[2]).write_text(json.dumps({"tokens": several_engines(spec, prompts)}))
+        return
+    if "data_parallel_size" in spec.get("engine", {}):
+        Path(sys.argv[2]).write_text(json.dumps({"tokens": asyncio.run(data_parallel(spec, prompts))}))
+        return
+    llm = start(spec)
+    mixed = generate(llm, prompts)
     problems = rows("test")[: spec.get("problems", 0)]
-    answers = llm.generate([f"Question: {row['question']}\nAnswer:" for row in problems], greedy, use_tqdm=False)
+    answers = generate(llm, [f"Question: {row['question']}\nAnswer:" for row in problems])
     result = {
-        "tokens": [list(out.outputs[0].token_ids) for out in mixed],
+        "tokens": tokens(mixed),
         "prompt_lengths": sorted({len(out.prompt_token_ids) for out in mixed}),
         "solved": solved(answers, problems),
     }

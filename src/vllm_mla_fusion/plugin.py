@@ -77,11 +77,11 @@ def _before_device(vllm_config: Any) -> None:
         compat.logger.warning("MLA fusion: this worker's configuration could not be read.", exc_info=True)
 
 
-def _after_warm_up(vllm_config: Any, is_first_worker: bool) -> None:
+def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
     from vllm_mla_fusion import compat, report
 
     try:
-        report.after_warm_up(vllm_config, is_first_worker)
+        report.after_warm_up(vllm_config, worker, is_first_worker)
     except Exception:
         if activation.mode() is Mode.STRICT:
             raise

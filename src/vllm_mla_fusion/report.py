@@ -4,50 +4,70 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_mla_fusion import __version__, activation, compat, kernel
 
-# Filled while the model runs; the pass alone cannot know, since warm starts load graphs that it rewrote earlier.
-_layers: dict[str, str | None] = {}
-_with_norm: set[str] = set()
+# What a layer keeps of its last run by the op. The pass alone cannot know: warm starts load graphs that it rewrote
+# earlier. Nor would names do: engines of one process have layers of the same names.
+_STATE = "_mla_fusion"
 _left_alone: Counter[str] = Counter()
+
+NO_ROPE = "no rotary embedding leads to the key that is cached"
+NOT_SEEN = (
+    "its graph has no cache update beside a rotary embedding (explicit splitting_ops, a model with its own fused "
+    "rotary embedding or none, or graphs from vLLM's compile cache)"
+)
 
 
 class NotFusedError(RuntimeError):
     """MLA_FUSION=strict and at least one MLA layer does not run the fused op."""
 
 
-def saw_layer(name: str, reason: str | None, with_norm: bool) -> None:
+@dataclass(frozen=True)
+class _Seen:
+    reason: str | None
+    with_norm: bool
+
+
+@dataclass
+class _Judgement:
+    """Why layers are not fused, by name: those that could have been, and those that never had anything to fuse."""
+
+    problems: dict[str, str] = field(default_factory=dict)
+    patternless: dict[str, str] = field(default_factory=dict)
+
+
+def saw_layer(layer: Any, reason: str | None, with_norm: bool) -> None:
     """The fused op ran for a layer; `reason`: why vLLM's own writer wrote its cache."""
-    _layers[name] = reason
-    if with_norm:
-        _with_norm.add(name)
+    vars(layer)[_STATE] = _Seen(reason, with_norm)
 
 
-def left_alone(reasons: list[str]) -> None:
-    """The pass left sites of a graph unfused, for these reasons."""
+def left_alone(reasons: list[str], without_rope: int = 0) -> None:
+    """The pass left sites of a graph unfused: for these reasons, and so many because their key is not rotated."""
     _left_alone.update(reasons)
+    if without_rope:
+        _left_alone[NO_ROPE] += without_rope
 
 
-def _problems(vllm_config: Any) -> dict[str, str]:
-    """Why each MLA layer that is not fused is not."""
-    not_compiled = compat.not_compiled_reason(vllm_config)
-    in_graph = "; ".join(_left_alone) or compat.config_problem(vllm_config)
-    not_seen = (
-        not_compiled
-        or in_graph
-        or (
-            "its graph has no cache update beside a rotary embedding (explicit splitting_ops, a model with its own "
-            "fused rotary embedding or none, or graphs from vLLM's compile cache)"
-        )
-    )
-    problems = {}
-    for name, layer in compat.mla_layers(vllm_config).items():
-        reason = not_seen if name not in _layers else _layers[name] or _bound_cache_problem(layer)
-        if reason is not None:
-            problems[name] = reason
-    return problems
+def _judge(vllm_config: Any, layers: dict[str, Any], worker: Any) -> _Judgement:
+    in_graph = "; ".join(_left_alone)
+    not_seen = compat.not_compiled_reason(vllm_config) or in_graph or compat.config_problem(vllm_config) or NOT_SEEN
+    own_code = compat.layers_with_own_code(vllm_config, worker)
+    judgement = _Judgement()
+    for name, layer in layers.items():
+        seen = vars(layer).get(_STATE)
+        own = own_code.get(name)
+        if seen is not None:
+            reason = seen.reason or _bound_cache_problem(layer)
+            if reason is not None:
+                judgement.problems[name] = reason
+        elif own is not None and (own.certain or not_seen in (NO_ROPE, NOT_SEEN)):
+            judgement.patternless[name] = own.reason
+        else:
+            judgement.problems[name] = not_seen
+    return judgement
 
 
 def _bound_cache_problem(layer: Any) -> str | None:
@@ -58,38 +78,43 @@ def _bound_cache_problem(layer: Any) -> str | None:
     return compat.why_not_replaced(layer, cache, layer.kv_cache_dtype, cache)
 
 
-def after_warm_up(vllm_config: Any, is_first_worker: bool) -> None:
+def after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
     """Logs how many MLA layers are fused; strict mode raises if one is not.
 
     Raises:
         NotFusedError: in strict mode, with the layers and their reasons.
     """
     layers = compat.mla_layers(vllm_config)
-    if not layers:
-        compat.logger.debug("MLA fusion %s: the model has no MLA layers.", __version__)
-        return
-    problems = _problems(vllm_config)
+    judgement = _judge(vllm_config, layers, worker)
     if is_first_worker:
-        _log(vllm_config, len(layers), problems)
-    if problems and activation.mode() is activation.Mode.STRICT:
+        _log(vllm_config, layers, judgement)
+    _left_alone.clear()
+    not_fused = judgement.problems | judgement.patternless
+    if not_fused and activation.mode() is activation.Mode.STRICT:
         raise NotFusedError(
-            f"MLA_FUSION=strict, but {len(problems)} of {len(layers)} MLA layers are not fused: {_summary(problems)}. "
-            "Remove the cause, or set MLA_FUSION=1 to run these layers as stock vLLM."
+            f"MLA_FUSION=strict, but {len(not_fused)} of {len(layers)} MLA layers are not fused: "
+            f"{_summary(not_fused)}. Remove the cause, or set MLA_FUSION=1 to run these layers as stock vLLM."
         )
 
 
-def _log(vllm_config: Any, total: int, problems: dict[str, str]) -> None:
+def _log(vllm_config: Any, layers: dict[str, Any], judgement: _Judgement) -> None:
     not_compiled = compat.not_compiled_reason(vllm_config)
+    if len(judgement.patternless) == len(layers):
+        why = _summary(judgement.patternless) or "the model has no MLA layers"
+        compat.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
+        return
     if not_compiled is not None:
         compat.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
         return
-    fused = total - len(problems)
+    fused = [layer for name, layer in layers.items() if name not in judgement.problems | judgement.patternless]
     level = compat.logger.info if fused else compat.logger.warning
-    with_norm = len(_with_norm.intersection(compat.mla_layers(vllm_config)))
+    with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
     norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
-    level("MLA fusion %s (%s): %d of %d MLA layers fused%s.", __version__, _backend(), fused, total, norm)
-    if problems:
-        compat.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(problems))
+    level("MLA fusion %s (%s): %d of %d MLA layers fused%s.", __version__, _backend(), len(fused), len(layers), norm)
+    if judgement.patternless:
+        compat.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
+    if judgement.problems:
+        compat.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(judgement.problems))
 
 
 def _backend() -> str:

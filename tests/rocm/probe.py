@@ -66,7 +66,6 @@ def _platform_problems() -> Iterator[str]:
 
 
 def _variant_problems(variant: Variant, scratch: Path) -> Iterator[str]:
-    report._layers.clear()
     report._left_alone.clear()
     config = stock_model.vllm_config(variant, scratch / "model")
     yield from hooks.config_problems(config)

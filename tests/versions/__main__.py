@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.versions`: the plugin's pass on the graphs of every supported vLLM release, without a GPU.
 
-Prints a Markdown table: per release and form of RoPE, in how many variants every MLA layer was fused.
+Prints a Markdown table: per release and form of RoPE, in how many variants every MLA layer was fused, and where whole
+engines ran (`python -m tests.versions.end_to_end`, and by hand on GPUs).
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import environments, matrix
+from . import environments, matrix, readme
 
 
 def main() -> int:
@@ -26,13 +27,18 @@ def main() -> int:
     parser.add_argument(
         "--graphs", type=Path, metavar="FOLDER", help="write the graphs before and after the passes here"
     )
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md; not with --only")
     arguments = parser.parse_args()
+    if arguments.readme and arguments.only != list(environments.TORCH_OF_RELEASE):
+        parser.error("--readme needs the outcome of all releases")
     print(matrix.markdown_header(), flush=True)
-    failed = []
+    outcomes = []
     for outcome in matrix.run(arguments.only, arguments.graphs):
         print(matrix.markdown_row(outcome), flush=True)
-        if not outcome.is_clean():
-            failed.append(outcome)
+        outcomes.append(outcome)
+    if arguments.readme:
+        readme.write(outcomes)
+    failed = [outcome for outcome in outcomes if not outcome.is_clean()]
     for outcome in failed:
         print(f"\n{outcome.release}\n{outcome.describe()}", file=sys.stderr)
     return 1 if failed else 0

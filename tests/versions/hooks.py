@@ -4,7 +4,7 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -75,20 +75,21 @@ def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:
         layer.kv_cache = torch.zeros(BLOCKS, BLOCK_SIZE, layer.head_size, dtype=dtype, device="cuda")
         with set_forward_context(None, config, slot_mapping={name: slots}):
             found = compat.layer_context(_encode_layer_name(name))
-        if found[0] != name or not all(map(_is, found[1:], (layer, layer.kv_cache, slots))):
+        if not all(map(_is, found, (layer, layer.kv_cache, slots))):
             yield f"{name} is not found in the forward context"
         if reason := compat.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent):
             yield f"{name} would not be written: {reason}"
 
 
-def worker_problems(config: VllmConfig) -> Iterator[str]:
+def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]:
     """Whether a worker that is spawned with `config` expects the kernel, and strict mode judges it after its warm-up.
 
     All calls go through the worker's wrapper, as executors make them.
     """
     wrapper = WorkerWrapperBase(rpc_rank=0)
     wrapper.vllm_config = config
-    wrapper.worker = SimpleNamespace(init_device=list, compile_or_warm_up_model=lambda: "times")
+    stubs = {"init_device": list, "compile_or_warm_up_model": lambda: "times", "get_model": lambda: model}
+    wrapper.worker = SimpleNamespace(**stubs)
     with patch.object(identity, "_kernel_expected", threading.Event()) as expected:
         wrapper.init_device()
         if not expected.is_set():
@@ -96,10 +97,24 @@ def worker_problems(config: VllmConfig) -> Iterator[str]:
     with suppress(report.NotFusedError):
         wrapper.compile_or_warm_up_model()
         yield "strict mode accepts layers that never ran the op"
-    for name in compat.mla_layers(config):
-        report.saw_layer(name, None, with_norm=False)
+    yield from _own_code_problems(config, wrapper.worker, model)
+    for layer in compat.mla_layers(config).values():
+        report.saw_layer(layer, None, with_norm=False)
     if wrapper.compile_or_warm_up_model() != "times":
         yield "the warm-up's result is lost"
+
+
+def _own_code_problems(config: VllmConfig, worker: Any, model: torch.nn.Module) -> Iterator[str]:
+    """The release's wrapper is told from one without RoPE, as Kimi-Linear has."""
+    if found := compat.layers_with_own_code(config, worker):
+        yield f"stock layers are taken for a model's own: {found}"
+    wrappers = [module for module in model.modules() if hasattr(module, "rotary_emb")]
+    with ExitStack() as without_rope:
+        for wrapper in wrappers:
+            without_rope.enter_context(patch.object(wrapper, "rotary_emb", None))
+        found = compat.layers_with_own_code(config, worker)
+    if [each.reason for each in found.values()] != ["it has no rotary embedding"] * NUM_LAYERS:
+        yield f"layers without RoPE are not recognised: {found}"
 
 
 def _is(first: Any, second: Any) -> bool:

@@ -12,6 +12,7 @@ from . import environments
 from .variants import ROPES, all_variants
 
 HOOKS = "hooks"
+END_TO_END = Path(__file__).with_name("end_to_end.json")
 
 
 @dataclass
@@ -64,16 +65,19 @@ def _probe(release: str, site: Path, scratch: Path, graphs: Path | None) -> Outc
 
 
 def markdown_header() -> str:
-    titles = ["vLLM", "torch", "hooks", *(rope.name for rope in ROPES)]
+    titles = ["vLLM", "torch", "hooks", *(rope.name for rope in ROPES), "end to end"]
     return f"{_row(titles)}\n{_row(['---'] * len(titles))}"
 
 
 def markdown_row(outcome: Outcome) -> str:
-    """One line of the support table: per form of RoPE, in how many variants every layer was fused."""
+    """One line of the support table: per form of RoPE, in how many variants every layer was fused; where whole engines
+    ran, by `end_to_end.json`."""
+    engines = json.loads(END_TO_END.read_text())
     cells = [outcome.release, environments.TORCH_OF_RELEASE[outcome.release], "yes" if outcome.passed(HOOKS) else "no"]
     for rope in ROPES:
         variants = [str(variant) for variant in all_variants() if variant.rope == rope]
         cells.append(f"{sum(map(outcome.passed, variants))}/{len(variants)}")
+    cells.append(", ".join(engines.get(outcome.release, [])))
     return _row(cells)
 
 

@@ -44,7 +44,6 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
 
     from . import codegen, graphs, hooks, stock_model, tracing
 
-    report._layers.clear()
     report._left_alone.clear()
     config = stock_model.vllm_config(variant, scratch / "model")
     yield from hooks.config_problems(config)
@@ -60,7 +59,7 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
     yield from (f"the pass says: {reason}" for reason in report._left_alone)
     with mode:
         yield from hooks.layer_problems(config, variant.cache_dtype)
-        yield from hooks.worker_problems(config)
+        yield from hooks.worker_problems(config, model)
 
 
 def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:

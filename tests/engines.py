@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts `engine_run.py`, a whole vLLM engine on tiny-mla, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("engine_run.py")
+FUSED = "6 of 6 MLA layers fused"
+
+
+@dataclass
+class Run:
+    returncode: int
+    log: str
+    result: dict[str, Any]
+
+    def plugin_lines(self, level: str = "") -> list[str]:
+        """What the plugin logged, of one level if given."""
+        return [line for line in self.log.splitlines() if "MLA fusion" in line and level in line]
+
+
+def run(
+    mode: str,
+    cache: Path,
+    in_process: bool = False,
+    environ: dict[str, str] | None = None,
+    python: str | Path = sys.executable,
+    **spec: Any,
+) -> Run:
+    """Runs an engine with MLA_FUSION=`mode` and all of vLLM's and Inductor's caches in `cache`.
+
+    Args:
+        mode: empty: the variable is not set.
+        in_process: the engine's core runs in the script's process.
+        environ: further variables.
+        python: interpreter whose vLLM is run.
+        spec: what `engine_run.py` is asked for.
+    """
+    spec_file, result_file = cache / "spec.json", cache / "result.json"
+    spec_file.write_text(json.dumps(spec))
+    result_file.unlink(missing_ok=True)
+    environment = {
+        **os.environ,
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+    }
+    environment.pop("MLA_FUSION", None)
+    if mode:
+        environment["MLA_FUSION"] = mode
+    done = subprocess.run(
+        [str(python), str(SCRIPT), str(spec_file), str(result_file)],
+        env=environment | (environ or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    result = json.loads(result_file.read_text()) if result_file.exists() else {}
+    return Run(done.returncode, done.stdout, result)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md's support table: the matrix's own table between two comments."""
+
+from collections.abc import Iterable
+
+from . import environments, matrix
+
+README = environments.PLUGIN_ROOT / "README.md"
+BEGIN = "<!-- by `python -m tests.versions --readme` -->\n"
+END = "<!-- end of the table -->\n"
+
+
+def write(outcomes: Iterable[matrix.Outcome]) -> None:
+    """Puts the table of these outcomes into README.md.
+
+    Raises:
+        ValueError: README.md has not both comments.
+    """
+    before, _, after = _parts()
+    README.write_text(f"{before}{BEGIN}{table(outcomes)}{END}{after}")
+
+
+def current_table() -> str:
+    """The table that README.md has."""
+    return _parts()[1]
+
+
+def table(outcomes: Iterable[matrix.Outcome]) -> str:
+    return "\n".join([matrix.markdown_header(), *map(matrix.markdown_row, outcomes)]) + "\n"
+
+
+def _parts() -> tuple[str, str, str]:
+    before, begin, rest = README.read_text().partition(BEGIN)
+    content, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README} needs the lines {BEGIN!r} and {END!r} around the support table; put them back")
+    return before, content, after

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md claims what the matrix finds when all is well, for every release of the matrix."""
+
+from . import environments, matrix, readme
+from .variants import all_variants
+
+
+def clean(release: str) -> matrix.Outcome:
+    return matrix.Outcome(release, {check: [] for check in [matrix.HOOKS, *map(str, all_variants())]})
+
+
+def test_table_of_the_readme() -> None:
+    assert readme.current_table() == readme.table(map(clean, environments.TORCH_OF_RELEASE))
+
+
+def test_a_problem_shows_in_the_table() -> None:
+    outcome = clean("0.26.0")
+    row = matrix.markdown_row(outcome)
+    outcome.problems[str(all_variants()[0])] = ["a problem"]
+    assert not outcome.is_clean()
+    assert matrix.markdown_row(outcome) != row
