@@ -68,7 +68,7 @@ def engine(mode: str, cache: Path, in_process: bool = False, **spec) -> Run:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200,
+        timeout=3600,
         check=False,
     )
     result = json.loads(result_file.read_text()) if result_file.exists() else {}
