@@ -15,6 +15,7 @@ from vllm_mla_fusion.build_error import BuildError
 Backend = Literal["cpu", "cuda", "rocm"]
 
 AMDGPU_VERSION = Path("/sys/module/amdgpu/version")
+BUILD_AHEAD = "vllm-mla-fusion build --arch 9.0    # H100; for others 8.0 (A100), 10.0 (B200), gfx942 (MI300), ..."
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -95,6 +96,18 @@ def detect_target() -> Target:
     backend = torch_backend()
     archs = tuple(sorted({gpu.arch for gpu in visible_gpus(backend)}))
     return Target(backend, archs) if archs else Target("cpu")
+
+
+def target_to_build() -> Target:
+    """`detect_target` for a build ahead of time: refuses the CPU target that no GPU vLLM would ever load.
+
+    Raises:
+        BuildError: No GPU is visible, or ``MLA_FUSION_ARCH`` cannot be used.
+    """
+    found = detect_target()
+    if found.backend != torch_backend() and not os.environ.get("MLA_FUSION_ARCH", "").strip():
+        raise BuildError("No GPU is visible, so its architecture is not known.", BUILD_AHEAD)
+    return found
 
 
 def visible_gpus(backend: Backend) -> list[Gpu]:
