@@ -98,16 +98,10 @@ def detect_target() -> Target:
     return Target(backend, archs) if archs else Target("cpu")
 
 
-def target_to_build() -> Target:
-    """`detect_target` for a build ahead of time: refuses the CPU target that no GPU vLLM would ever load.
-
-    Raises:
-        BuildError: No GPU is visible, or ``MLA_FUSION_ARCH`` cannot be used.
-    """
-    found = detect_target()
-    if found.backend != torch_backend() and not os.environ.get("MLA_FUSION_ARCH", "").strip():
-        raise BuildError("No GPU is visible, so its architecture is not known.", BUILD_AHEAD)
-    return found
+def lacks_gpu() -> bool:
+    """Whether torch is built for GPUs, but neither a visible one nor ``MLA_FUSION_ARCH`` says what to build for."""
+    backend = torch_backend()
+    return backend != "cpu" and not os.environ.get("MLA_FUSION_ARCH", "").strip() and not visible_gpus(backend)
 
 
 def visible_gpus(backend: Backend) -> list[Gpu]:
