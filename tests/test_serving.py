@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -27,10 +29,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import aiohttp  # noqa: E402
 from _common import running_server  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 REQUESTS, CONCURRENCY = 200, 16
 SERVER_LIMITS = {"max-model-len": 1024, "max-num-batched-tokens": 1024, "max-num-seqs": CONCURRENCY}
-SERVER_ARGS = ["--served-model-name=tiny", *(f"--{name}={value}" for name, value in SERVER_LIMITS.items())]
+SERVER_ARGS = [
+    "--served-model-name=tiny",
+    "--enable-log-requests",
+    *(f"--{name}={value}" for name, value in SERVER_LIMITS.items()),
+]
+# Hundreds of times what a client needs to hang up: tokens of one prompt, and prompts of one request.
+LONG_ANSWER = {"ignore_eos": True, "stop": None, "max_tokens": 900}
+MANY_PROMPTS = 2 * CONCURRENCY
 Outcome = dict[str, Any]
 
 
@@ -44,6 +54,11 @@ class Traffic:
     shutdown_log: str
     exit_code: int
     is_gone: bool
+
+    @property
+    def aborted(self) -> set[int]:
+        """Numbers of the requests that the server gave up."""
+        return {int(index) for index in re.findall(r"Aborted request\(s\) cmpl-number-(\d+)-", self.log)}
 
     @property
     def errors(self) -> list[str]:
@@ -61,18 +76,31 @@ def body(index: int, **changes: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 200, "stop": ["\n\n"], **changes}
 
 
+async def outcome_of(response: aiohttp.ClientResponse) -> Outcome:
+    """Status and texts; of anything but an answer the whole body."""
+    content = await response.text()
+    if response.status != 200:
+        return {"status": response.status, "body": content}
+    return {"status": 200, "texts": [choice["text"] for choice in json.loads(content)["choices"]]}
+
+
 @dataclass(frozen=True)
 class Client:
-    """Sends one request of each kind."""
+    """Sends one request of each kind to the server that writes `log`."""
 
     session: aiohttp.ClientSession
     url: str
+    log: Path
+
+    def send(self, index: int, **content: Any) -> Any:
+        """The request, by whose number the server's log calls it."""
+        content.setdefault("headers", {})["X-Request-Id"] = f"number-{index}"
+        return self.session.post(f"{self.url}/v1/completions", **content)
 
     async def post(self, index: int, **changes: Any) -> Outcome:
         """A request as it should be."""
-        async with self.session.post(f"{self.url}/v1/completions", json=body(index, **changes)) as response:
-            answer = await response.json()
-            return {"status": response.status, "texts": [choice["text"] for choice in answer.get("choices", [])]}
+        async with self.send(index, json=body(index, **changes)) as response:
+            return await outcome_of(response)
 
     async def logprobs(self, index: int) -> Outcome:
         return await self.post(index, logprobs=3)
@@ -82,31 +110,41 @@ class Client:
         return await self.post(index, prompt=prompts, echo=True)
 
     async def token_ids(self, index: int) -> Outcome:
-        return await self.post(index, prompt=[5 + (index * k) % 900 for k in range(1, 40)], max_tokens=20)
+        tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+        return await self.post(index, prompt=tokenizer.encode(body(index)["prompt"]).ids)
 
-    async def stream(self, index: int, stop_after: int | None = None) -> Outcome:
-        """A streamed answer; the client hangs up after `stop_after` chunks."""
-        text, chunks = "", 0
-        async with self.session.post(f"{self.url}/v1/completions", json=body(index, stream=True)) as response:
+    async def stream(self, index: int, hang_up: bool = False, **changes: Any) -> Outcome:
+        """A streamed answer; or its first part, after which the client hangs up."""
+        text = ""
+        async with self.send(index, json=body(index, stream=True, **changes)) as response:
+            if response.status != 200:
+                return await outcome_of(response)
             async for line in response.content:
                 data = line.removeprefix(b"data: ").strip()
                 if not data or data == b"[DONE]":
                     continue
-                text += json.loads(data)["choices"][0]["text"]
-                chunks += 1
-                if chunks == stop_after:
+                chunk = json.loads(data)
+                if "choices" not in chunk:
+                    return {"status": 200, "body": chunk}
+                if hang_up:
                     return {"cancelled": True}
-            return {"status": response.status, "texts": [text]}
+                text += chunk["choices"][0]["text"]
+            return {"status": 200, "texts": [text]}
 
     async def hang_up_streaming(self, index: int) -> Outcome:
-        return await self.stream(index, stop_after=1 + index % 5)
+        return await self.stream(index, hang_up=True, **LONG_ANSWER)
 
     async def hang_up_waiting(self, index: int) -> Outcome:
-        try:
-            await asyncio.wait_for(self.post(index, ignore_eos=True, stop=None, max_tokens=500), 0.3)
-        except asyncio.TimeoutError:
-            return {"cancelled": True}
-        raise AssertionError("500 tokens in 0.3 seconds?")
+        """The client leaves without an answer, as soon as the server's log says that the engine has the request."""
+        waiting = asyncio.ensure_future(self.post(index, prompt=[body(index)["prompt"]] * MANY_PROMPTS, **LONG_ANSWER))
+        while f"Added request cmpl-number-{index}-" not in self.log.read_text(errors="replace"):
+            if waiting.done():
+                return await waiting
+            await asyncio.sleep(0.02)
+        waiting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            return await waiting
+        return {"cancelled": True}
 
     async def unknown_model(self, index: int) -> Outcome:
         return await self.post(index, model="no-such-model")
@@ -122,15 +160,15 @@ class Client:
 
     async def broken_json(self, index: int) -> Outcome:
         headers = {"Content-Type": "application/json"}
-        async with self.session.post(f"{self.url}/v1/completions", data=b'{"model": "ti', headers=headers) as response:
-            await response.read()
-            return {"status": response.status, "texts": []}
+        async with self.send(index, data=b'{"model": "ti', headers=headers) as response:
+            return await outcome_of(response)
 
 
 ANSWERED = [Client.post, Client.stream, Client.logprobs, Client.several, Client.token_ids]
 CANCELLED = [Client.hang_up_streaming, Client.hang_up_waiting]
 REFUSED = [Client.unknown_model, Client.bad_value, Client.too_long, Client.no_such_token, Client.broken_json]
 REFUSALS = {400, 404, 422}
+IDLE_GAUGES = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"]
 
 
 def kind(index: int) -> Callable[[Client, int], Awaitable[Outcome]]:
@@ -141,25 +179,34 @@ def kind(index: int) -> Callable[[Client, int], Awaitable[Outcome]]:
     return CANCELLED[turn % len(CANCELLED)] if place == 7 else REFUSED[(2 * turn + place) % len(REFUSED)]
 
 
-async def send_all(url: str) -> tuple[list[Outcome], str]:
+async def send_all(url: str, log: Path) -> tuple[list[Outcome], str]:
     """All requests, CONCURRENCY at a time; then the server's metrics once it is idle."""
     gate = asyncio.Semaphore(CONCURRENCY)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=900)) as session:
-        client = Client(session, url)
+    # A connection for each: a kept one may be closed by the server in the moment of the next request.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=1800)) as session:
+        client = Client(session, url, log)
 
         async def one(index: int) -> Outcome:
             async with gate:
-                return await kind(index)(client, index)
+                try:
+                    return await kind(index)(client, index)
+                except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                    return {"failed": repr(error)}
 
         outcomes = await asyncio.gather(*(one(index) for index in range(REQUESTS)))
-        metrics = ""
-        for _ in range(120):
-            async with session.get(f"{url}/metrics") as response:
-                metrics = await response.text()
-            if gauge(metrics, "vllm:num_requests_running") == gauge(metrics, "vllm:num_requests_waiting") == 0:
-                break
-            await asyncio.sleep(0.5)
-    return list(outcomes), metrics
+        return list(outcomes), await idle_metrics(session, url)
+
+
+async def idle_metrics(session: aiohttp.ClientSession, url: str, timeout: float = 300) -> str:
+    """The server's metrics once they say that it is idle, or after the timeout."""
+    end = time.monotonic() + timeout
+    while True:
+        async with session.get(f"{url}/metrics") as response:
+            metrics = await response.text()
+        if not any(gauge(metrics, name) for name in IDLE_GAUGES) or time.monotonic() > end:
+            return metrics
+        await asyncio.sleep(0.5)
 
 
 def gauge(metrics: str, name: str) -> float:
@@ -168,16 +215,16 @@ def gauge(metrics: str, name: str) -> float:
 
 def serve(mode: str, folder: Path) -> Traffic:
     log = folder / f"{mode}.log"
-    with running_server(str(MODEL), mode, SERVER_ARGS, log, timeout=600) as server:
-        outcomes, metrics = asyncio.run(send_all(server.url))
+    with running_server(str(MODEL), mode, SERVER_ARGS, log) as server:
+        outcomes, metrics = asyncio.run(send_all(server.url, log))
         serving_log = log.read_text(errors="replace")
-        exit_code = server.stop()
+        exit_code = server.stop(timeout=300)
         is_gone = ends(server.process.pid)
     shutdown_log = log.read_text(errors="replace")[len(serving_log) :]
     return Traffic(outcomes, metrics, serving_log, shutdown_log, exit_code, is_gone)
 
 
-def ends(process_group: int, timeout: float = 30) -> bool:
+def ends(process_group: int, timeout: float = 120) -> bool:
     """Whether the last process of the server ends in time."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -233,9 +280,14 @@ def test_answers_are_those_of_stock(traffic: dict[str, Traffic]) -> None:
 
 @pytest.mark.parametrize("mode", ["off", "on"])
 def test_nothing_is_left_running(traffic: dict[str, Traffic], mode: str) -> None:
-    assert gauge(traffic[mode].metrics, "vllm:num_requests_running") == 0
-    assert gauge(traffic[mode].metrics, "vllm:num_requests_waiting") == 0
-    assert gauge(traffic[mode].metrics, "vllm:kv_cache_usage_perc") == 0
+    metrics = traffic[mode].metrics
+    assert all(f"{name}{{" in metrics for name in IDLE_GAUGES)
+    assert {name: gauge(metrics, name) for name in IDLE_GAUGES} == dict.fromkeys(IDLE_GAUGES, 0)
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_what_its_client_gave_up_was_running_and_is_aborted(traffic: dict[str, Traffic], mode: str) -> None:
+    assert traffic[mode].aborted == {index for index in range(REQUESTS) if kind(index) in CANCELLED}
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])

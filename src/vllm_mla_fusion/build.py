@@ -159,7 +159,8 @@ def _tools_or_explain(target: Target) -> Toolchain:
         prebuild = f"vllm-mla-fusion build --arch {target.archs[0] if target.archs else 'cpu'}"
         raise BuildError(
             f"{error.problem}{unusable}",
-            f"{error.remedy} Or run `{prebuild}` where there is one, with the same torch, and copy that cache here.",
+            f"{error.remedy} Or run `{prebuild}` where all is there, with the same torch, and copy its cache "
+            f"directory (~/.cache/vllm-mla-fusion) to {cache_dir()} here.",
         ) from None
 
 

@@ -53,17 +53,16 @@ def doctor(as_json: bool, model: str | None) -> None:
 @click.option("--arch", "archs", multiple=True, metavar="ARCH", help="9.0, 10.0, gfx942, cpu, ...; may be repeated.")
 def build(archs: tuple[str, ...]) -> None:
     """Build the kernel ahead of time, for the visible GPUs or for each ARCH (no GPU needed: container images)."""
-    from vllm_mla_fusion.target import detect_target, parse_arch, torch_backend
+    from vllm_mla_fusion.target import BUILD_AHEAD, detect_target, lacks_gpu, parse_arch
 
     failed = False
     try:
+        if not archs and lacks_gpu():
+            # Not the CPU kernel: a server on GPUs would never load it.
+            raise BuildError("No GPU is visible, so its architecture is not known.", BUILD_AHEAD)
         targets = [parse_arch(arch) for arch in archs] or [detect_target()]
     except BuildError as error:
         raise click.ClickException(str(error)) from None
-    if not archs and targets[0].backend != torch_backend():
-        click.echo(
-            "No GPU is visible: building the CPU kernel. For a GPU give its architecture, e.g. --arch 9.0 (H100)."
-        )
     for target in dict.fromkeys(targets):
         try:
             _build_one(target)

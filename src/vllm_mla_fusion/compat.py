@@ -119,6 +119,8 @@ def platform_problem() -> str | None:
     platform = _platform()
     if platform.is_cuda_alike() or platform.is_cpu():
         return None
+    if not platform.device_type:
+        return "vLLM finds no GPU on this machine; look at nvidia-smi or rocminfo, and at CUDA_VISIBLE_DEVICES"
     return f"platform {platform.device_name or platform.device_type!r} is neither CUDA, ROCm nor CPU"
 
 

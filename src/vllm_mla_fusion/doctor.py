@@ -4,8 +4,10 @@
 import difflib
 import functools
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -58,11 +60,17 @@ def diagnose(model: str | None = None) -> list[Check]:
         "cache": _cache,
         "kernel": _kernel,
         "activation": _activation,
+        "norm": _norm,
         "environment": _variables,
     }
     if model is not None:
         examinations["model"] = functools.partial(_model, model)
-    return [check for name, examine in examinations.items() for check in _safely(name, examine)]
+    # One cause, such as a wrong MLA_FUSION_ARCH, may fail several checks: the first of them tells it.
+    checks: dict[tuple[str, str], Check] = {}
+    for name, examine in examinations.items():
+        for check in _safely(name, examine):
+            checks.setdefault((check.detail, check.remedy), check)
+    return list(checks.values())
 
 
 def as_json(checks: list[Check]) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def _gpus() -> Iterator[Check]:
         yield Check("gpu", "ok", f"{index}: {gpu.name}, architecture {gpu.arch}")
     if not gpus:
         remedy = "On a GPU machine check nvidia-smi or rocminfo and CUDA_VISIBLE_DEVICES; in an image build, go on."
-        yield Check("gpu", "note", "none visible to this process; the CPU kernel would be used", remedy)
+        yield Check("gpu", "note", "none visible to this process; vLLM's GPU builds do not start without one", remedy)
     driver = target.driver_version(backend)
     if driver:
         yield Check("driver", "ok", driver)
@@ -188,10 +196,27 @@ def _cache() -> Iterator[Check]:
 
 def _kernel() -> Iterator[Check]:
     wanted = target.detect_target()
+    if target.lacks_gpu():
+        built = ", ".join(_built_targets()) or "nothing"
+        detail = f"no GPU tells which architecture is needed; built so far: {built}"
+        yield Check("kernel", "note", detail, f"For an image: {target.BUILD_AHEAD}")
+        return
     if build.is_built(wanted):
         yield Check("kernel", "ok", f"built for {wanted}: {build.library_path(wanted)}")
         return
+    try:
+        toolchain.find_toolchain(wanted.backend)
+    except BuildError:
+        yield Check("kernel", "note", f"not built for {wanted}", "First get what is missing above.")
+        return
     yield Check("kernel", "ok", f"not built yet for {wanted}; the first start does it, or now: vllm-mla-fusion build")
+
+
+def _built_targets() -> list[str]:
+    """What the cache has usable kernels for."""
+    labels = {json.loads(path.read_text())["target"] for path in cache.cache_dir().glob("*/manifest.json")}
+    targets = [(label, *label.split("-")) for label in sorted(labels)]
+    return [label for label, backend, *archs in targets if _built(target.Target(backend, tuple(archs)))]
 
 
 def _activation() -> Iterator[Check]:
@@ -206,11 +231,19 @@ def _activation() -> Iterator[Check]:
         yield Check("activation", "ok", f"on: {activation.VARIABLE}={mode.value}")
 
 
+def _norm() -> Iterator[Check]:
+    try:
+        activation.norm()
+    except ValueError as error:
+        yield Check("norm", "problem", str(error), f"unset {activation.NORM_VARIABLE}")
+
+
 def _variables(environment: Mapping[str, str] = os.environ) -> Iterator[Check]:
+    meant = (*KNOWN_VARIABLES, "MLA_FUSION=strict")
     for name in sorted(environment):
-        if name in KNOWN_VARIABLES or not (name.startswith("MLA_FUS") or "MLA_FUSION" in name):
+        close = difflib.get_close_matches(name.replace("_STRICT", "=strict"), meant, n=1, cutoff=0.8)
+        if name in KNOWN_VARIABLES or not (close or re.search("MLA_?FUS", name)):
             continue
-        close = difflib.get_close_matches(name, KNOWN_VARIABLES, n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}? " if close else ""
         remedy += f"Known: {', '.join(KNOWN_VARIABLES)}."
         yield Check("environment", "problem", f"{name} is not a variable of this plugin", remedy)

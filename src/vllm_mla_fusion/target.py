@@ -15,6 +15,7 @@ from vllm_mla_fusion.build_error import BuildError
 Backend = Literal["cpu", "cuda", "rocm"]
 
 AMDGPU_VERSION = Path("/sys/module/amdgpu/version")
+BUILD_AHEAD = "vllm-mla-fusion build --arch 9.0    # H100; for others 8.0 (A100), 10.0 (B200), gfx942 (MI300), ..."
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 
 
@@ -95,6 +96,12 @@ def detect_target() -> Target:
     backend = torch_backend()
     archs = tuple(sorted({gpu.arch for gpu in visible_gpus(backend)}))
     return Target(backend, archs) if archs else Target("cpu")
+
+
+def lacks_gpu() -> bool:
+    """Whether torch is built for GPUs, but neither a visible one nor ``MLA_FUSION_ARCH`` says what to build for."""
+    backend = torch_backend()
+    return backend != "cpu" and not os.environ.get("MLA_FUSION_ARCH", "").strip() and not visible_gpus(backend)
 
 
 def visible_gpus(backend: Backend) -> list[Gpu]:
