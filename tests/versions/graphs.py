@@ -32,12 +32,18 @@ LEFTOVERS = {
 
 def problems_of(variant: Variant, trace: Trace) -> list[str]:
     """What is wrong with a trace of the variant; empty if nothing is."""
-    differences = [
-        difference
-        for before, after in zip(trace.before, trace.after, strict=True)
-        for difference in replay.differences(before, after)
+    return [
+        *_problems_before(variant, trace.before),
+        *_leftovers(trace.after, LEFTOVERS - {UPDATE}),
+        *fused_problems(variant, trace.after),
+        *other_meaning(trace),
     ]
-    return [*_problems_before(variant, trace.before), *_problems_after(variant, trace.after), *differences]
+
+
+def other_meaning(trace: Trace) -> Iterator[str]:
+    """What the graphs compute otherwise than before the pass."""
+    for before, after in zip(trace.before, trace.after, strict=True):
+        yield from replay.differences(before, after)
 
 
 def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
@@ -50,9 +56,14 @@ def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
             yield f"{ops[op]} x {op} before the pass, expected {expected}"
 
 
-def _problems_after(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
+def _leftovers(graphs: list[fx.Graph], unwanted: set[str]) -> Iterator[str]:
     ops = _count(graphs)
-    yield from (f"left over: {ops[op]} x {op}" for op in sorted(LEFTOVERS & ops.keys()))
+    yield from (f"left over: {ops[op]} x {op}" for op in sorted(unwanted & ops.keys()))
+
+
+def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
+    """What is wrong with the cache updates after the pass: there is one fused call in place for each layer."""
+    yield from _leftovers(graphs, {UPDATE})
     expected = FUSED if GEOMETRIES[variant.geometry]["q_lora_rank"] else FUSED_WITH_NORM
     calls = [node for graph in graphs for node in graph.nodes if _op_name(node) in (FUSED, FUSED_WITH_NORM)]
     if [_op_name(call) for call in calls] != [expected] * NUM_LAYERS:

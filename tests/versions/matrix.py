@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import environments
-from .variants import ROPES, all_variants
+from .variants import ROPES, SPARSE, all_variants
 
 HOOKS = "hooks"
+# Up to here vLLM compiles DeepSeek-V3.2 and builds it from its MLA wrapper.
+LAST_WITH_SPARSE = "0.28.0"
 END_TO_END = Path(__file__).with_name("end_to_end.json")
 
 
@@ -27,15 +29,25 @@ class Outcome:
         return self.problems.get(check) == []
 
     def is_clean(self) -> bool:
-        return all(map(self.passed, [HOOKS, *map(str, all_variants())]))
+        return all(map(self.passed, checks_of(self.release)))
 
     def describe(self) -> str:
         """The problems, a line each, and the log of a probe that did not come to its end."""
         lines = [f"{check}: {problem}" for check, problems in self.problems.items() for problem in problems]
-        missing = [str(variant) for variant in all_variants() if str(variant) not in self.problems]
+        missing = [check for check in checks_of(self.release) if check not in self.problems]
         if missing:
-            lines += [f"no result for {len(missing)} variants; the end of the log:", self.log]
+            lines += [f"no result for {len(missing)} checks; the end of the log:", self.log]
         return "\n".join(lines)
+
+
+def compiles_sparse_mla(release: str) -> bool:
+    order = list(environments.TORCH_OF_RELEASE)
+    return order.index(release) <= order.index(LAST_WITH_SPARSE)
+
+
+def checks_of(release: str) -> list[str]:
+    """What the probe of the release must have found no problem with."""
+    return [HOOKS, *map(str, all_variants()), *([str(SPARSE)] if compiles_sparse_mla(release) else [])]
 
 
 def run(releases: Iterable[str], graphs: Path | None = None) -> Iterator[Outcome]:
@@ -49,6 +61,7 @@ def run(releases: Iterable[str], graphs: Path | None = None) -> Iterator[Outcome
 
 def _probe(release: str, site: Path, scratch: Path, graphs: Path | None) -> Outcome:
     options = ["--graphs", str(graphs.absolute() / release)] if graphs else []
+    options += ["--sparse"] if compiles_sparse_mla(release) else []
     process = subprocess.run(
         [str(environments.python_of(release)), "-m", "tests.versions.probe", *options],
         cwd=environments.PLUGIN_ROOT,
@@ -65,7 +78,7 @@ def _probe(release: str, site: Path, scratch: Path, graphs: Path | None) -> Outc
 
 
 def markdown_header() -> str:
-    titles = ["vLLM", "torch", "hooks", *(rope.name for rope in ROPES), "end to end"]
+    titles = ["vLLM", "torch", "hooks", *(rope.name for rope in ROPES), "sparse", "end to end"]
     return f"{_row(titles)}\n{_row(['---'] * len(titles))}"
 
 
@@ -77,6 +90,7 @@ def markdown_row(outcome: Outcome) -> str:
     for rope in ROPES:
         variants = [str(variant) for variant in all_variants() if variant.rope == rope]
         cells.append(f"{sum(map(outcome.passed, variants))}/{len(variants)}")
+    cells.append(f"{outcome.passed(str(SPARSE)):d}/1" if compiles_sparse_mla(outcome.release) else "")
     cells.append(", ".join(engines.get(outcome.release, [])))
     return _row(cells)
 

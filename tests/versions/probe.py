@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .variants import Variant, all_variants
+from .variants import SPARSE, Variant, all_variants
 
 # As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
 
@@ -21,11 +21,14 @@ from .variants import Variant, all_variants
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
-    graphs_folder = parser.parse_args().graphs
+    parser.add_argument("--sparse", action="store_true", help="the release compiles sparse MLA from its MLA wrapper")
+    arguments = parser.parse_args()
     _report("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
         for variant in all_variants():
-            _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), graphs_folder))
+            _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), arguments.graphs))
+        if arguments.sparse:
+            _report(str(SPARSE), lambda: _sparse_problems(Path(scratch)))
 
 
 def _hook_problems() -> Iterable[str]:
@@ -60,6 +63,22 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
     with mode:
         yield from hooks.layer_problems(config, variant.cache_dtype)
         yield from hooks.worker_problems(config, model)
+
+
+def _sparse_problems(scratch: Path) -> Iterable[str]:
+    from vllm_mla_fusion import report
+
+    from . import sparse, stock_model, tracing
+
+    report._left_alone.clear()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with sparse.pretended_kernels():
+        config = stock_model.vllm_config(SPARSE, scratch / "model")
+        model = stock_model.build(config, SPARSE, mode)
+        sparse.prepare(model)
+        trace = tracing.trace_compilation(model, config, mode)
+    yield from sparse.problems_of(trace)
+    yield from (f"the pass says: {reason}" for reason in report._left_alone)
 
 
 def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:

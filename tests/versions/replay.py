@@ -135,12 +135,6 @@ class _Replay(fx.Interpreter):
     def _fused_norm_concat_and_cache_mla_rope(
         self, kv_c: torch.Tensor, kv_c_weight: torch.Tensor, epsilon: float, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        kv_c_normed = self._rms_norm(kv_c, kv_c_weight, epsilon)
-        return self._fused_concat_and_cache_mla_rope(kv_c=kv_c_normed, **kwargs), kv_c_normed
-
-    def _fused_norm_concat_and_cache_mla_rope(
-        self, kv_c: torch.Tensor, kv_c_weight: torch.Tensor, epsilon: float, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self._rms_norm(kv_c, kv_c_weight, epsilon)
         return self._fused_concat_and_cache_mla_rope(kv_c=normed, **kwargs), normed
 
@@ -150,6 +144,10 @@ class _Replay(fx.Interpreter):
         """Not attention, but something that depends on every element that attention reads."""
         mixed = q[..., :V_HEAD_DIM] + q[..., -V_HEAD_DIM:] + k_pe.sum(-1, keepdim=True) + kv_c_normed.sum()
         output.copy_(mixed.reshape(output.shape))
+
+    def _sparse_attn_indexer(self, **_: Any) -> torch.Tensor:
+        """Nothing that RoPE or the cache write of the layer itself would read."""
+        return torch.empty(0)
 
     def _write(self, kv_c: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, dtype: str, scale: torch.Tensor) -> None:
         values = {"kv_c": kv_c.clone(), "k_pe": k_pe.clone(), "scale": scale}

@@ -76,6 +76,8 @@ class Layers(torch.nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
+        index_topk = getattr(hf_config, "index_topk", None)
+        indices = {} if index_topk is None else {"topk_indices_buffer": torch.empty(MAX_MODEL_LEN, index_topk).int()}
         self.layers = torch.nn.ModuleList(
             deepseek_v2.DeepseekV2MLAAttention(
                 vllm_config=vllm_config,
@@ -90,6 +92,7 @@ class Layers(torch.nn.Module):
                 max_position_embeddings=hf_config.max_position_embeddings,
                 cache_config=vllm_config.cache_config,
                 prefix=f"{prefix}model.layers.{index}.self_attn",
+                **indices,
             )
             for index in range(hf_config.num_hidden_layers)
         )

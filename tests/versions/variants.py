@@ -9,6 +9,15 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "V2-Lite": {"hidden_size": 2048, "num_attention_heads": 16, "q_lora_rank": None},
     "V3": {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536},
 }
+# DeepSeek-V3.2: an indexer beside each layer chooses what it attends to.
+GEOMETRIES["V3.2"] = {
+    **GEOMETRIES["V3"],
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_topk": 2048,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+}
 
 YARN = {
     "rope_type": "deepseek_yarn",
@@ -57,6 +66,10 @@ class Variant:
 
 def all_variants() -> list[Variant]:
     """Every combination under vLLM's default partition; what changes the rest of the graph once per form of RoPE."""
-    variants = [Variant(*axes) for axes in product(GEOMETRIES, ROPES, (False, True), ("auto", "fp8"))]
+    variants = [Variant(*axes) for axes in product(("V2-Lite", "V3"), ROPES, (False, True), ("auto", "fp8"))]
     variants += [Variant("V3", rope, False, "auto", inductor_partition=True) for rope in ROPES]
     return variants + [Variant("V3", rope, False, "auto", llama_4_scaling=True) for rope in ROPES]
+
+
+# The default partition has a piece of its own for the indexer, between RoPE and the cache update.
+SPARSE = Variant("V3.2", ROPES[2], False, "fp8_ds_mla", inductor_partition=True)
