@@ -200,6 +200,12 @@ def test_no_gpu_for_a_gpu_build(monkeypatch):
     assert "cuda-10.0" in {check.name: check for check in doctor.diagnose()}["kernel"].detail
 
 
+def test_a_server_without_a_gpu_names_the_cause(monkeypatch):
+    none = types.SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: False, device_type="", device_name="")
+    monkeypatch.setattr(compat, "_platform", lambda: none)
+    assert compat.platform_problem().startswith("vLLM finds no GPU on this machine; look at nvidia-smi")
+
+
 def test_a_check_that_fails_is_a_finding(monkeypatch):
     def explode():
         raise RuntimeError("sysfs on fire")

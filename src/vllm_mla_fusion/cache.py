@@ -122,15 +122,16 @@ def build_lock(root: Path, say: Callable[[str], None]) -> Iterator[float | None]
 
 def work_dir_prefix(label: str) -> str:
     """Name of a build's temporary directory up to its random part; tells waiting processes who builds what."""
-    return f"{WORK_DIRS}{label}-{socket.gethostname()}-{os.getpid()}-"
+    return f"{WORK_DIRS}{label}_{socket.gethostname()}-{os.getpid()}-"
 
 
 def _builder(root: Path) -> str:
     folders = sorted(root.glob(f"{WORK_DIRS}*"), key=lambda path: path.name)
     if not folders:
         return "another process that uses the kernel cache"
-    label, pid, _ = folders[-1].name.removeprefix(WORK_DIRS).rsplit("-", 2)
-    return f"process {pid} to build the kernel ({label})"
+    place, pid, _ = folders[-1].name.removeprefix(WORK_DIRS).rsplit("-", 2)
+    label, _, host = place.partition("_")
+    return f"process {pid} on {host} to build the {label} kernel"
 
 
 def sweep(root: Path) -> None:
