@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "mla_rope_cache.h"
 
@@ -86,7 +87,7 @@ void check_shape(const char* name, const Tensor& tensor, const char* meaning, st
   for (const int64_t size : expected) {
     sizes += (sizes.empty() ? "" : ", ") + (size == kAny ? std::string("any") : std::to_string(size));
   }
-  fail(name, " must be ", meaning, " = [", sizes, "], got ", shape_text(tensor));
+  fail(name, " must be ", meaning, " = [", sizes, "], got ", shape_text(tensor), "; pass a view or slice of that shape");
 }
 
 void check_last_dim_contiguous(const char* name, const Tensor& tensor) {
@@ -120,7 +121,7 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
   if (kv_cache_dtype == "auto" || kv_cache_dtype == "bfloat16" || kv_cache_dtype == "float16") {
     check_dtype("kv_cache", kv_cache, {q_pe.scalar_type()});
     if (kv_cache_dtype != "auto" && kv_cache_dtype != dtype_name(q_pe.scalar_type())) {
-      fail("kv_cache_dtype '", kv_cache_dtype, "' must be the dtype of q_pe (", dtype_name(q_pe.scalar_type()), ") or 'auto'");
+      fail("kv_cache_dtype '", kv_cache_dtype, "' must be the dtype of q_pe (", dtype_name(q_pe.scalar_type()), "); pass that or 'auto'");
     }
     return CacheKind::kCopy;
   }
@@ -134,7 +135,7 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
   }
   if (kv_cache_dtype == "fp8_ds_mla") {
     check_dtype("kv_cache", kv_cache, {ScalarType::Byte});
-    check_dtype("q_pe", q_pe, {ScalarType::BFloat16, ScalarType::Half});
+    check_dtype("q_pe (for an fp8_ds_mla cache)", q_pe, {ScalarType::BFloat16, ScalarType::Half});
     return CacheKind::kFp8DsMla;
   }
 #if defined(MLA_FUSION_GPU) && !defined(USE_ROCM)
@@ -151,7 +152,7 @@ CacheKind cache_kind_of(const std::string& kv_cache_dtype, const Tensor& kv_cach
     return CacheKind::kFp8E5M2Fnuz;
   }
   fail("kv_cache_dtype must be one of auto, bfloat16, float16, fp8, fp8_e4m3, fp8_e5m2, fp8_e4m3fnuz, fp8_e5m2fnuz, fp8_ds_mla, got '",
-       kv_cache_dtype, "'");
+       kv_cache_dtype, "'; pass the one that the cache was made for");
 }
 
 // On the CPU the indices can be looked at; on a GPU that would be a synchronisation.
@@ -160,11 +161,15 @@ void check_indices_on_cpu(const Params& p, int64_t max_position, int64_t num_row
     const int64_t position = p.positions_are_int32 ? static_cast<const int32_t*>(p.positions)[i]
                                                    : static_cast<const int64_t*>(p.positions)[i];
     if (position < 0 || position >= max_position) {
-      fail("positions[", i, "] must be in [0, ", max_position, ") (the rows of cos_sin_cache), got ", position);
+      fail("positions[", i, "] must be in [0, ", max_position, ") (the rows of cos_sin_cache), got ", position,
+           "; make cos_sin_cache longer or correct the position");
     }
   }
   for (int64_t i = 0; i < p.num_slots; ++i) {
-    if (p.slot_mapping[i] >= num_rows) fail("slot_mapping[", i, "] must be below ", num_rows, " (the rows of kv_cache), got ", p.slot_mapping[i]);
+    if (p.slot_mapping[i] >= num_rows) {
+      fail("slot_mapping[", i, "] must be below ", num_rows, " (the rows of kv_cache), got ", p.slot_mapping[i],
+           "; pass -1 for a token that is not cached");
+    }
   }
 }
 
@@ -201,7 +206,7 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   check_shape("q_pe", q_pe, "[num_tokens, num_heads, rot_dim]", {kAny, kAny, kAny});
   const int64_t num_tokens = q_pe.size(0);
   const int64_t rot_dim = q_pe.size(2);
-  if (rot_dim == 0 || rot_dim % 2 != 0) fail("q_pe must have an even, positive rot_dim, got ", rot_dim);
+  if (rot_dim == 0 || rot_dim % 2 != 0) fail("q_pe must have an even, positive rot_dim, got ", rot_dim, "; pass the part of the query that is rotated");
 
   check_shape("kv_c", kv_c, "[num_tokens, kv_lora_rank]", {num_tokens, kAny});
   const int64_t lora_rank = kv_c.size(1);
@@ -217,16 +222,16 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   check_shape("positions", positions, "[num_tokens]", {num_tokens});
   check_shape("slot_mapping", slot_mapping, "[num_slots]", {kAny});
   const int64_t num_slots = slot_mapping.size(0);
-  if (num_slots > num_tokens) fail("slot_mapping must have at most num_tokens = ", num_tokens, " entries, got ", num_slots);
+  if (num_slots > num_tokens) fail("slot_mapping must have at most num_tokens = ", num_tokens, " entries, got ", num_slots, "; pass slot_mapping[:num_tokens]");
 
   check_dtype("positions", positions, {ScalarType::Long, ScalarType::Int});
   check_dtype("slot_mapping", slot_mapping, {ScalarType::Long});
-  for (const auto& [name, tensor] : {std::pair("k_pe", &k_pe), {"kv_c", &kv_c}, {"k_pe_out", const_cast<const Tensor*>(&k_pe_out)}}) {
+  for (const auto& [name, tensor] : {std::pair("k_pe", &k_pe), {"kv_c", &kv_c}, {"k_pe_out", &std::as_const(k_pe_out)}}) {
     check_dtype(name, *tensor, {q_pe.scalar_type()});
   }
   check_dtype("cos_sin_cache", cos_sin_cache, {q_pe.scalar_type(), ScalarType::Float});
   for (const auto& [name, tensor] : {std::pair("positions", &positions), {"k_pe", &k_pe}, {"kv_c", &kv_c}, {"cos_sin_cache", &cos_sin_cache},
-                                     {"slot_mapping", &slot_mapping}, {"k_pe_out", const_cast<const Tensor*>(&k_pe_out)}}) {
+                                     {"slot_mapping", &slot_mapping}, {"k_pe_out", &std::as_const(k_pe_out)}}) {
     check_device(name, *tensor, q_pe);
     check_last_dim_contiguous(name, *tensor);
   }
@@ -238,20 +243,21 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   if (has_cache) {
     if (p.cache_kind == CacheKind::kFp8DsMla) {
       check_shape("kv_c", kv_c, "[num_tokens, 512] for an fp8_ds_mla cache", {num_tokens, kDsMlaLoraRank});
-      check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, 64] for an fp8_ds_mla cache", {num_tokens, 1, kDsMlaRotDim});
+      check_shape("q_pe", q_pe, "[num_tokens, num_heads, 64] for an fp8_ds_mla cache", {num_tokens, kAny, kDsMlaRotDim});
       check_shape("kv_cache", kv_cache, "[num_blocks, block_size, bytes of a row]", {kAny, kAny, kDsMlaRowBytes});
     } else {
       check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
     }
     check_device("kv_cache", kv_cache, q_pe);
     if (kv_cache.size(0) * kv_cache.size(1) > int64_t{UINT32_MAX}) {
-      fail("kv_cache must have fewer than 2^32 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1));
+      fail("kv_cache must have fewer than 2^32 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1),
+           "; pass a smaller cache");
     }
     check_last_dim_contiguous("kv_cache", kv_cache);
     if (p.cache_kind != CacheKind::kCopy && p.cache_kind != CacheKind::kFp8DsMla) {
       check_dtype("kv_cache_scale", kv_cache_scale, {ScalarType::Float});
       check_device("kv_cache_scale", kv_cache_scale, q_pe);
-      if (kv_cache_scale.numel() != 1) fail("kv_cache_scale must hold one value, got ", kv_cache_scale.numel());
+      if (kv_cache_scale.numel() != 1) fail("kv_cache_scale must hold one value, got ", kv_cache_scale.numel(), "; pass the layer's scale");
       p.kv_cache_scale = static_cast<const float*>(kv_cache_scale.data_ptr());
     }
     p.kv_cache = kv_cache.data_ptr();
@@ -300,9 +306,9 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   const int error = launch_gpu(p, stream);
-  if (error != 0) fail("the kernel launch failed: ", gpu_error_name(error));
+  if (error != 0) fail("the kernel launch failed: ", gpu_error_name(error), "; `vllm-mla-fusion doctor` shows for which GPU it was built");
 #else
-  fail("q_pe must be on the CPU: this build has no GPU kernel");
+  fail("q_pe must be on the CPU, got a GPU tensor: this build has no GPU kernel; `vllm-mla-fusion doctor` tells why");
 #endif
 }
 

@@ -3,23 +3,27 @@
 
 namespace mla_fusion {
 
-void launch_fp16(const Params& params, cudaStream_t stream);
+cudaError_t launch_fp16(const Params& params, cudaStream_t stream);
 
-int launch_gpu(const Params& params, void* stream_handle) {
-  const auto stream = static_cast<cudaStream_t>(stream_handle);
+namespace {
+
+cudaError_t launch_act_type(const Params& params, cudaStream_t stream) {
   switch (params.act_type) {
     case ActType::kFloat32:
       // Rare on a GPU: the general kernel will do, and every build is shorter for it.
-      launch_general<float>(params, stream);
-      break;
+      return launch_general<float>(params, stream);
     case ActType::kFloat16:
-      launch_fp16(params, stream);
-      break;
+      return launch_fp16(params, stream);
     case ActType::kBFloat16:
-      choose_path<BFloat16>(params, stream);
-      break;
+      return choose_path<BFloat16>(params, stream);
   }
-  return static_cast<int>(cudaGetLastError());
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+int launch_gpu(const Params& params, void* stream) {
+  return static_cast<int>(launch_act_type(params, static_cast<cudaStream_t>(stream)));
 }
 
 const char* gpu_error_name(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

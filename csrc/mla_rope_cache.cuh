@@ -43,7 +43,7 @@ constexpr int kActsPerVector = kVectorBytes / sizeof(Act);
 template <typename Act>
 using ActVector = Vector<Act, kActsPerVector<Act>>;
 
-// A 16-byte access whatever the element type.
+// One access of 4, 8 or 16 bytes whatever the element type.
 template <typename T>
 __device__ __forceinline__ T load_as(const void* address) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -131,7 +131,7 @@ struct CosSin {
 };
 
 // Programmatic dependent launch: this grid starts while the one before it ends and waits here for its results. A next
-// grid that was launched likewise may start at once: it waits for ours.
+// grid that was launched likewise may start at once: it must wait likewise before it reads what any grid before it wrote.
 __device__ __forceinline__ void overlap_with_neighbours() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -197,7 +197,8 @@ struct HeadPart {
 
 // Division by the cache's scale, rounded as IEEE division is, without its branches: the scale is split into a power of
 // two and a mantissa in [1, 2), and the quotient by the mantissa's reciprocal is corrected by its exact remainder. Right
-// for every 16-bit float and every mantissa (tried out, all of them); wider activations take the general kernel.
+// for every 16-bit float and every scale that is a normal float (all mantissas were tried out on a GPU); wider
+// activations take the general kernel.
 struct Scale {
   float mantissa;
   float reciprocal;
@@ -292,10 +293,13 @@ __device__ __forceinline__ void store_key(const Params& p, int64_t row, int inde
 // One element of a row into the cache. Of fp8_ds_mla only the key's are stored one by one.
 template <typename Act>
 __device__ __forceinline__ void store_cache_element(const Params& p, int64_t row, int index, Act value, float scale) {
+  if (p.cache_kind == CacheKind::kCopy) {
+    static_cast<Act*>(p.kv_cache)[row + index] = value;
+    return;
+  }
   uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + row + index;
   switch (p.cache_kind) {
     case CacheKind::kCopy:
-      static_cast<Act*>(p.kv_cache)[row + index] = value;
       return;
     case CacheKind::kFp8DsMla:
       if (index < p.lora_rank) return;

@@ -3,6 +3,6 @@
 
 namespace mla_fusion {
 
-void launch_fp16(const Params& params, cudaStream_t stream) { choose_path<Float16>(params, stream); }
+cudaError_t launch_fp16(const Params& params, cudaStream_t stream) { return choose_path<Float16>(params, stream); }
 
 }  // namespace mla_fusion

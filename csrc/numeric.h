@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // float <-> bf16, fp16 and fp8, for host and device alike. The bit-level versions serve the CPU, ROCm and GPUs without
-// the instruction; where an NVIDIA GPU has it, the instruction gives the same bits. AMD's fp8 instructions do not saturate
-// and could not be compared with the bit-level version on hardware yet, so ROCm stays with the latter.
+// the instruction; where an NVIDIA GPU has it, the instruction gives the same bits, a NaN's sign aside. AMD's fp8
+// instructions do not saturate and could not be compared with the bit-level version on hardware yet, so ROCm stays with
+// the latter.
 #pragma once
 
 #include <cmath>

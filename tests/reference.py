@@ -43,6 +43,9 @@ class Case:
     positions_dtype: torch.dtype = torch.int64
     scale: float = 0.37
     norm: bool = False
+    epsilon: float = 1e-6
+    cos_sin_pad: int = 0  # unused columns behind each row of cos_sin_cache
+    key_extra: int | None = None  # k_pe and kv_c in buffers of their own, k_pe's with as many more columns
 
     def but(self, **changes) -> Case:
         return replace(
@@ -105,9 +108,15 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     query = randn(num_tokens * case.num_heads * head_dim + case.q_shift)
     heads = query[case.q_shift :].view(num_tokens, case.num_heads, head_dim)
     qkv_a = randn(num_tokens, case.kv_extra + width)
+    k_pe = qkv_a[:, case.kv_extra + case.lora_rank :]
+    if case.key_extra is not None:
+        k_pe = randn(num_tokens, case.key_extra + case.rot_dim)[:, case.key_extra :]
+    if case.norm:
+        qkv_a[::5] = 0  # where the norm shows its epsilon, and nothing else
     max_position = 4 * num_tokens + 8
     angles = torch.rand(max_position, case.rot_dim // 2, generator=generator) * 6.3
     cos_sin = torch.cat([angles.cos(), angles.sin()], -1) * 1.1
+    padded_cos_sin = torch.nn.functional.pad(cos_sin, (0, case.cos_sin_pad), value=float("nan"))
     positions = torch.randint(max_position, (num_tokens,), generator=generator, dtype=case.positions_dtype)
 
     num_slots = num_tokens if case.num_slots is None else case.num_slots
@@ -127,9 +136,9 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     return Inputs(
         positions=positions.to(device),
         q_pe=heads[..., case.nope_dim :],
-        k_pe=qkv_a[:, case.kv_extra + case.lora_rank :].unsqueeze(1),
+        k_pe=k_pe.unsqueeze(1),
         kv_c=qkv_a[:, case.kv_extra : case.kv_extra + case.lora_rank],
-        cos_sin_cache=cos_sin.to(case.cos_sin_dtype or case.dtype).to(device),
+        cos_sin_cache=padded_cos_sin.to(case.cos_sin_dtype or case.dtype).to(device)[:, : case.rot_dim],
         is_neox=case.is_neox,
         slot_mapping=slots.to(device),
         kv_cache=storage.as_strided((num_blocks, case.block_size, cache_width), (block_stride, row_stride, 1)),
@@ -139,6 +148,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         cache_storage=storage,
         query=query,
         kv_c_weight=randn(case.lora_rank) + 1 if case.norm else None,
+        epsilon=case.epsilon,
         kv_c_normed_out=torch.full_like(qkv_a[:, : case.lora_rank], float("nan")).contiguous() if case.norm else None,
     )
 

@@ -21,7 +21,13 @@ CASES = [
     V2_LITE.but(num_tokens=1, num_heads=1),
     V2_LITE.but(num_tokens=2500),  # fills a GPU: several heads per lane
     V2_LITE.but(num_tokens=2500, is_neox=True, num_heads=5),
+    V3_RANK.but(num_tokens=300, num_heads=128, padding=3),  # the same, and several blocks of a token
+    V3_RANK.but(num_tokens=300, num_heads=117, kv_cache_dtype="fp8", cos_sin_dtype=torch.float32),
+    V2_LITE.but(num_tokens=2500, dtype=torch.float16, positions_dtype=torch.int32, cos_sin_dtype=torch.float32),
+    V2_LITE.but(num_tokens=2500, kv_cache_dtype="fp8_e5m2", padding=4),
     V2_LITE.but(padding=3),
+    V3_RANK.but(cos_sin_pad=8, key_extra=24),
+    V3_RANK.but(cos_sin_pad=1, key_extra=3, kv_cache_dtype="fp8"),
     V2_LITE.but(num_slots=20, padding=4),
     V2_LITE.but(num_slots=0),
     V2_LITE.but(is_neox=True),
@@ -50,6 +56,8 @@ CASES = [
     V2_LITE.but(nope_dim=1, dtype=torch.float32),
     V2_LITE.but(positions_dtype=torch.int32),
     V2_LITE.but(block_size=48),
+    V2_LITE.but(block_size=3, kv_cache_dtype="fp8"),
+    V2_LITE.but(block_size=1000, num_tokens=2500),
 ]
 DS_MLA_CASES = [
     V3_RANK.but(kv_cache_dtype="fp8_ds_mla", padding=3),
@@ -65,11 +73,13 @@ DS_MLA_CASES = [
 NORM_CASES = [
     V2_LITE.but(norm=True, padding=3),
     V3_RANK.but(norm=True, num_slots=10),
+    V2_LITE.but(norm=True, epsilon=0.5),
     V2_LITE.but(norm=True, num_tokens=2500, kv_cache_dtype="fp8"),
+    V3_RANK.but(norm=True, num_tokens=300, num_heads=128, padding=3, epsilon=0.5, cos_sin_pad=8, key_extra=8),
     V2_LITE.but(norm=True, dtype=torch.float16, kv_cache_dtype="fp8_e5m2", cos_sin_dtype=torch.float32),
     V2_LITE.but(norm=True, is_neox=True, lora_rank=1536, num_slots=0),
     V2_LITE.but(norm=True, lora_rank=256, rot_dim=32, kv_cache_dtype="fp8", scale=1.9),
-    V2_LITE.but(norm=True, lora_rank=100, rot_dim=6, row_pad=3),  # the general path
+    V2_LITE.but(norm=True, lora_rank=100, rot_dim=6, row_pad=3, epsilon=0.5),  # the general path
     V2_LITE.but(norm=True, dtype=torch.float32, kv_cache_dtype="fp8"),
 ]
 
@@ -281,7 +291,9 @@ def test_bad_ds_mla_is_refused(message: str) -> None:
 
 def test_ds_mla_with_float32_is_refused() -> None:
     inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8_ds_mla", dtype=torch.float32))
-    with pytest.raises(RuntimeError, match="q_pe must have dtype bfloat16 or float16, got float32"):
+    with pytest.raises(
+        RuntimeError, match="q_pe .for an fp8_ds_mla cache. must have dtype bfloat16 or float16, got float32"
+    ):
         kernel.op()(*inputs.args())
 
 

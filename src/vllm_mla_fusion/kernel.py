@@ -23,7 +23,7 @@ KV cache. Arguments, in order:
   the formats of AMD's gfx94x; on the CPU and on ROCm), `fp8_ds_mla` (uint8 rows of FlashMLA's sparse attention, for
   `kv_lora_rank` 512, `rot_dim` 64 and 16-bit activations: 512 values in e4m3, four float32 scales, 64 rope values as
   they are; the scale of 128 values is their largest magnitude over 448, at least the smallest normal float32).
-- `kv_cache_scale`: one float32 on the device, read by the fp8 kinds only, not by `fp8_ds_mla`.
+- `kv_cache_scale`: one float32 on the device, no subnormal; read by the fp8 kinds only, not by `fp8_ds_mla`.
 - `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
 
 `torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused` takes the raw latent instead: `kv_c` is followed by
