@@ -330,8 +330,9 @@ struct Latent {
 
   int vectors;
   int lane;
-  ActVector<Act> part[kLatentVectors];
-  ActVector<Act> weight[kNorm ? kLatentVectors : 1];
+  // Words, not elements: a compiler that sees elements may store them one by one.
+  uint4 part[kLatentVectors];
+  uint4 weight[kNorm ? kLatentVectors : 1];
 
   __device__ __forceinline__ Latent(const Params& p, int64_t token, int lane_index)
       : vectors(p.lora_rank / kWidth), lane(lane_index) {
@@ -340,8 +341,8 @@ struct Latent {
     for (int i = 0; i < kLatentVectors; ++i) {
       const int index = lane + i * kLanes;
       if (index >= vectors) continue;
-      part[i] = load_as<ActVector<Act>>(source + index * kWidth);
-      if constexpr (kNorm) weight[i] = load_as<ActVector<Act>>(static_cast<const Act*>(p.kv_c_weight) + index * kWidth);
+      part[i] = load_as<uint4>(source + index * kWidth);
+      if constexpr (kNorm) weight[i] = load_as<uint4>(static_cast<const Act*>(p.kv_c_weight) + index * kWidth);
     }
   }
 
@@ -350,8 +351,15 @@ struct Latent {
   __device__ __forceinline__ void for_each(Visit visit) const {
 #pragma unroll
     for (int i = 0; i < kLatentVectors; ++i) {
-      if (lane + i * kLanes < vectors) visit((lane + i * kLanes) * kWidth, part[i], weight[kNorm ? i : 0]);
+      if (lane + i * kLanes >= vectors) continue;
+      visit((lane + i * kLanes) * kWidth, elements(part[i]), elements(weight[kNorm ? i : 0]));
     }
+  }
+
+  static __device__ __forceinline__ ActVector<Act> elements(const uint4& words) {
+    ActVector<Act> out;
+    memcpy(&out, &words, sizeof(out));
+    return out;
   }
 
   // 1 / sqrt(mean of squares + epsilon), the same for all lanes of the group.

@@ -21,10 +21,13 @@ pytestmark = pytest.mark.hip
 ARCHS = ["gfx90a", "gfx942", "gfx950"]
 WAVE32_ARCH = "gfx1100"
 LOADS_16_BYTES = re.compile(r"global_load_(dwordx4|b128)\b")
+NARROW_STORES = re.compile(r"global_store_(byte|short|b8|b16)\w*")
 STORES_16_BYTES = re.compile(r"global_store_(dwordx4|b128)\b")
 VECTOR = re.compile(
-    r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELb(?P<quantise>[01])ELb(?P<norm>[01])E"
+    r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELNS\w*?RowE(?P<row>[012])ELb(?P<norm>[01])E"
 )
+
+COPY, FP8, FP8_DS_MLA = "012"
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +51,12 @@ def vector_kernels(kernels: list[Kernel]) -> list[tuple[Kernel, re.Match[str]]]:
 
 
 def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
-    """bf16 and fp16: a vector kernel per pairing, heads per lane, fp8 and norm; and a general one of every type."""
+    """A vector kernel per activation type, pairing, heads per lane, kind of row and norm; a general one of every type.
+
+    fp8_ds_mla has vector kernels for bf16 and GPT-J only.
+    """
     general = [kernel for kernel in kernels if "mla_rope_cache_general" in kernel.name]
-    assert (len(vector_kernels(kernels)), len(general), len(kernels)) == (32, 3, 35)
+    assert (len(vector_kernels(kernels)), len(general), len(kernels)) == (36, 3, 39)
     for kernel in kernels:
         assert len(kernel.instructions) > 100, kernel.name
 
@@ -64,9 +70,10 @@ def check_16_byte_accesses(kernels: list[Kernel]) -> None:
         code = "\n".join(kernel.instructions)
         # Query, key, latent, cos and sin are read, and the norm's weight.
         assert len(LOADS_16_BYTES.findall(code)) >= 5 + int(arguments["norm"]), kernel.name
-        # Query and key are written, the latent's norm, and a cache of the activations' type; fp8 is half as wide.
-        cache_stores = 0 if arguments["quantise"] == "1" else 2
+        # Query and key are written, the latent's norm, and what is cached in the activations' type; fp8 is half as wide.
+        cache_stores = {COPY: 2, FP8: 0, FP8_DS_MLA: 1}[arguments["row"]]
         assert len(STORES_16_BYTES.findall(code)) >= 2 + int(arguments["norm"]) + cache_stores, kernel.name
+        assert not NARROW_STORES.findall(code), kernel.name
 
 
 def test_no_spills(kernels: list[Kernel]) -> None:
@@ -86,12 +93,12 @@ def test_the_scales_reciprocal_is_correctly_rounded(kernels: list[Kernel]) -> No
     """What the quotients are corrected from; the compiler could have taken the hardware's approximation."""
     for kernel, arguments in vector_kernels(kernels):
         divisions = [line for line in kernel.instructions if line.startswith("v_div_fixup_f32")]
-        assert bool(divisions) is (arguments["quantise"] == "1"), kernel.name
+        assert bool(divisions) is (arguments["row"] != COPY), kernel.name
 
 
 def test_waves_of_32(hipified: list[Path], libraries: Path) -> None:
-    (source,) = [path for path in hipified if "bf16" in path.name]
-    kernels = kernels_of(assembly(source, WAVE32_ARCH, libraries))
+    kernels = [kernel for source in hipified for kernel in kernels_of(assembly(source, WAVE32_ARCH, libraries))]
+    assert len(vector_kernels(kernels)) == 36
     assert {kernel.resources["wavefront_size"] for kernel in kernels} == {"32"}
     check_16_byte_accesses(kernels)
     test_no_spills(kernels)

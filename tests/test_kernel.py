@@ -292,7 +292,7 @@ def test_bad_ds_mla_is_refused(message: str) -> None:
 def test_ds_mla_with_float32_is_refused() -> None:
     inputs = make_inputs(V3_RANK.but(kv_cache_dtype="fp8_ds_mla", dtype=torch.float32))
     with pytest.raises(
-        RuntimeError, match="q_pe .for an fp8_ds_mla cache. must have dtype bfloat16 or float16, got float32"
+        RuntimeError, match=r"q_pe .for an fp8_ds_mla cache. must have dtype bfloat16 or float16, got float32"
     ):
         kernel.op()(*inputs.args())
 
