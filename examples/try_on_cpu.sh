@@ -5,7 +5,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:-../shared/models/tiny-mla}
+if [ $# -eq 0 ] && [ ! -e "$model/config.json" ]; then
+  echo "no model in $model: name one, for example examples/try_on_cpu.sh deepseek-ai/DeepSeek-V2-Lite-Chat" >&2
+  exit 1
+fi
 .ci/setup
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-.venv/bin/python examples/offline_inference.py --model "$model" --max-model-len 1024 2>&1 |
-  grep --line-buffered -E "MLA fusion|^Prompt|^Output|Error|ERROR"
+log=$(mktemp)
+if .venv/bin/python examples/offline_inference.py --model "$model" --max-model-len 1024 >"$log" 2>&1; then
+  grep -E "MLA fusion|^Prompt|^Output" "$log"
+else
+  cat "$log" >&2
+  exit 1
+fi

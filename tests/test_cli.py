@@ -223,8 +223,8 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
         ({}, "yes", "kv_lora_rank 512, qk_rope_head_dim 64, 61 MLA layers"),
         ({"model_type": "longcat_flash", "num_layers": 28, "num_hidden_layers": None}, "yes", "56 MLA layers"),
         ({"model_type": "bailing_hybrid"}, "yes", "some of 61 layers"),
-        ({"index_topk": 2048}, "no", "DSA"),
-        ({"model_type": "glm_moe_dsa"}, "no", "DSA"),
+        ({"index_topk": 2048}, "unknown", "use_inductor_graph_partition"),
+        ({"model_type": "glm_moe_dsa"}, "unknown", "DSA"),
         ({"model_type": "kimi_linear"}, "no", "no RoPE"),
         ({"qk_rope_head_dim": 0}, "no", "no RoPE"),
         ({"model_type": "deepseek_v4", "kv_lora_rank": None}, "no", "kernels of its own"),
@@ -249,7 +249,7 @@ def test_model_directory_file_and_nested_text_config(tmp_path):
 
 
 def test_model_that_does_not_fuse_is_a_problem(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**MLA, "index_topk": 2048}))
+    (tmp_path / "config.json").write_text(json.dumps({**MLA, "qk_rope_head_dim": 0}))
     assert "has MLA layers, but they do not fuse" in problems("--model", str(tmp_path))["model"]["detail"]
 
 

@@ -70,7 +70,7 @@ def check_16_byte_accesses(kernels: list[Kernel]) -> None:
         code = "\n".join(kernel.instructions)
         # Query, key, latent, cos and sin are read, and the norm's weight.
         assert len(LOADS_16_BYTES.findall(code)) >= 5 + int(arguments["norm"]), kernel.name
-        # Query and key are written, the latent's norm, and what is cached in the activations' type; fp8 is half as wide.
+        # Query and key are written, the latent's norm, and what is cached as it is; fp8 is half as wide.
         cache_stores = {COPY: 2, FP8: 0, FP8_DS_MLA: 1}[arguments["row"]]
         assert len(STORES_16_BYTES.findall(code)) >= 2 + int(arguments["norm"]) + cache_stores, kernel.name
         assert not NARROW_STORES.findall(code), kernel.name

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -255,3 +256,15 @@ def test_ninja_and_compiler_are_searched(tmp_path, monkeypatch):
     assert toolchain.find_cxx() == str(tmp_path / "bin/g++")
     monkeypatch.setenv("CXX", "g++ -m64")
     assert toolchain.find_cxx() == "g++ -m64"
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"), [("2.10.1+rocm7", True), ("2.11.0a0+git", False), ("2.11.0", False), ("3.0", False)]
+)
+def test_torch_that_is_too_old(version: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(toolchain, "find_cxx", lambda: "c++")
+    monkeypatch.setattr(toolchain, "find_ninja", lambda: Path("ninja"))
+    refusal = pytest.raises(BuildError, match=r"torch 2\.11 or newer is needed .* found 2\.10\.1\+rocm7")
+    with refusal if is_refused else contextlib.nullcontext():
+        toolchain.find_toolchain("cpu")

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 DSA = (
-    "its sparse attention (DSA, index_topk) puts the indexer between RoPE and the KV-cache write, "
-    "or writes the cache by a fused kernel of its own"
+    "sparse attention (DSA, index_topk): fuses with use_inductor_graph_partition=True where vLLM compiles the model "
+    "from its MLA wrapper (older releases); else its indexer stands between RoPE and the KV-cache write, or vLLM has a "
+    "fused kernel of its own; start it with MLA_FUSION=1 and read its report"
 )
 NOPE = "its MLA layers use no RoPE, so there is nothing to fuse with the KV-cache write"
 OWN_WRITER = "its attention writes the KV cache by kernels of its own, in a layout of its own"
 NO_MLA_IN_VLLM = "it has kv_lora_rank, but vLLM runs it with ordinary attention instead of MLA"
 
+SPARSE = {"deepseek_v32", "glm_moe_dsa"}
 # model_type of the text config -> why vLLM's layers of that model cannot fuse.
 STOCK_BECAUSE = {
-    "deepseek_v32": DSA,
-    "glm_moe_dsa": DSA,
     "deepseek_v4": OWN_WRITER,
     "deepseek_v41": OWN_WRITER,
     "dots3_note": OWN_WRITER,
@@ -54,8 +54,8 @@ class ModelCheck:
     Args:
         model_type: ``model_type`` of the (text) config.
         has_mla: Whether vLLM runs it with MLA layers.
-        fuses: ``"yes"``, ``"no"``, or ``"unknown"`` for a model type that was never looked at.
-        detail: Geometry if it fuses, else the reason.
+        fuses: ``"yes"``, ``"no"``, or ``"unknown"`` if the config alone does not tell.
+        detail: Geometry if it fuses, else the reason or the condition.
     """
 
     model_type: str
@@ -117,8 +117,8 @@ def judge(config: dict[str, Any]) -> ModelCheck:
         return ModelCheck(model_type, False, "no", reason)
     if not rank and reason is None:
         return ModelCheck(model_type, False, "no", "no MLA layers: the config has no kv_lora_rank")
-    if reason is None and config.get("index_topk"):
-        reason = DSA
+    if reason is None and (model_type in SPARSE or config.get("index_topk")):
+        return ModelCheck(model_type, True, "unknown", DSA)
     if reason is None and not rope_dim:
         reason = NOPE
     if reason:

@@ -23,6 +23,8 @@ PIP_PARTS = (PIP_NVCC, "nvidia-nvvm", "nvidia-cuda-crt")
 
 CXX_REMEDY = "Install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set CXX to one."
 NINJA_REMEDY = "pip install ninja"
+OLDEST_TORCH = (2, 11)
+TORCH_REMEDY = "Install a vLLM that comes with a newer torch."
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,13 @@ def find_toolchain(backend: Backend) -> Toolchain:
     Raises:
         BuildError: One is missing; says where it was looked for and how to get it.
     """
+    import torch
+
+    if _release(torch.__version__) < OLDEST_TORCH:
+        wanted = ".".join(map(str, OLDEST_TORCH))
+        raise BuildError(
+            f"torch {wanted} or newer is needed (its stable C++ ABI), found {torch.__version__}.", TORCH_REMEDY
+        )
     cxx, ninja = find_cxx(), find_ninja()
     if cxx is None:
         tried = f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++, clang++ on PATH"
@@ -73,6 +82,10 @@ def find_toolchain(backend: Backend) -> Toolchain:
     if ninja is None:
         raise BuildError("ninja was found neither on PATH nor beside this Python.", NINJA_REMEDY)
     return Toolchain(cxx, ninja, None if backend == "cpu" else find_toolkit(backend))
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def find_cxx() -> str | None:
