@@ -34,6 +34,8 @@ std::string dtype_name(ScalarType type) {
   switch (type) {
     case ScalarType::Float:
       return "float32";
+    case ScalarType::Double:
+      return "float64";
     case ScalarType::Half:
       return "float16";
     case ScalarType::BFloat16:

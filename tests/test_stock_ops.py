@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import Case, Inputs, assert_within_one_rounding, make_inputs, rotate
+from reference import NORM_ERROR, Case, Inputs, assert_within_one_rounding, make_inputs, rms_norm, rotate
 
 from vllm_mla_fusion import compat, kernel
 
@@ -33,9 +33,11 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
 
 
-def assert_rotation_agrees(ours: torch.Tensor, stock: torch.Tensor, exact: torch.Tensor) -> None:
-    """Stock's op may round its products; ours must be as near to the exact value as one rounding allows."""
-    assert_within_one_rounding(ours, exact)
+def assert_not_further_off(
+    ours: torch.Tensor, stock: torch.Tensor, exact: torch.Tensor, float32_error: float = 1e-6
+) -> None:
+    """Stock's op may round in between; ours must be as near to the exact value as one rounding allows."""
+    assert_within_one_rounding(ours, exact, float32_error)
     assert (ours.double() - exact).abs().mean() <= (stock.double() - exact).abs().mean() * 1.001 + 1e-12
     torch.testing.assert_close(ours, stock, atol=2e-2, rtol=2e-2)
 
@@ -90,8 +92,8 @@ def test_gpu_writer_and_rotary_op(case: Case) -> None:
 
     q_pe, k_pe = inputs.q_pe.contiguous(), inputs.k_pe.clone()
     stock.rotary_embedding(inputs.positions, q_pe, k_pe, case.rot_dim, inputs.cos_sin_cache, case.is_neox)
-    assert_rotation_agrees(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
-    assert_rotation_agrees(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+    assert_not_further_off(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
+    assert_not_further_off(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
 
 
 @GPU
@@ -119,8 +121,22 @@ def test_native_rotary_embedding(case: Case, device: str) -> None:
         inputs.cos_sin_cache,
         case.is_neox,
     )
-    assert_rotation_agrees(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
-    assert_rotation_agrees(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+    assert_not_further_off(ours.q_pe, q_pe, rotate(inputs.q_pe, inputs))
+    assert_not_further_off(ours.k_pe_out, k_pe, rotate(inputs.k_pe, inputs))
+
+
+@pytest.mark.parametrize("case", [V2_LITE.but(norm=True), V2_LITE.but(norm=True, dtype=torch.float16, epsilon=0.5)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_norm_op(case: Case, device: str) -> None:
+    """vLLM's op rounds after the normalisation and after the weight; ours rounds once, so it is no further off."""
+    from vllm import _custom_ops as stock
+
+    inputs = make_inputs(case, device)
+    ours = inputs.clone()
+    kernel.norm_op()(*ours.args())
+    normed = torch.empty_like(ours.kv_c_normed_out)
+    stock.rms_norm(normed, inputs.kv_c.contiguous(), inputs.kv_c_weight, inputs.epsilon)
+    assert_not_further_off(ours.kv_c_normed_out, normed, rms_norm(inputs), NORM_ERROR)
 
 
 @pytest.mark.parametrize("writer", ["CPUMLAImpl", "AMXMLAImpl"])

@@ -34,7 +34,7 @@ struct alignas(16) uint4 {
 };
 
 using hipStream_t = void*;
-enum hipError_t { hipSuccess, hipErrorInvalidConfiguration };
+enum hipError_t { hipSuccess, hipErrorInvalidValue, hipErrorInvalidConfiguration };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
