@@ -441,6 +441,41 @@ def test_norm_with_another_reader_stays(ops: fusion_pass.FusionOps) -> None:
     assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
 
 
+def check_body(body, ops: fusion_pass.FusionOps, rope: str = "native", the_pass: Pass | None = None) -> Pass:
+    """Compiles `body` between a layer's projections: it must compute and cache what it does without the pass."""
+    torch.manual_seed(0)
+    model = mla_layer.Projections(body, rope)
+    attention = {f"layers.{i}": Attention() for i in range(2)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = the_pass or Pass(ops)
+    expected, expected_cache = run(model.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(model, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+    assert_close(cache, expected_cache)
+    return the_pass
+
+
+def _key_for_the_cache_only(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :].contiguous(), k_pe.contiguous()
+    k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)[1]
+    return kv_c * 2, layer.update(kv_c, k_pe)
+
+
+def _attention_with_unrotated_key(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, rotated = q[..., mla_layer.NOPE :].contiguous(), k_pe.contiguous()
+    rotated = layer.rope(positions, q_pe, rotated, cos_sin_cache, False)[1]
+    return kv_c, layer.attend(q, kv_c, k_pe, layer.update(kv_c, rotated))
+
+
+@pytest.mark.parametrize("body", [_key_for_the_cache_only, _attention_with_unrotated_key], ids=lambda body: body.__name__)
+def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(body, ops, "custom_op")
+    assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
+
+
 def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 
