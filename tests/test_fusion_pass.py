@@ -476,6 +476,62 @@ def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps)
     assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
 
 
+def _latent_of_the_rotated_key(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    kv_c = kv_c + k_pe.mean(-1)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_latent_of_the_rotated_key_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_latent_of_the_rotated_key, ops)
+    assert the_pass.results[0].reasons == ["what the rotary embedding reads is computed from its own results"]
+
+
+class ThroughCompat(Pass):
+    """The steps as vLLM's pass manager runs them: nothing is raised."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.before.append([node.target for node in graph.nodes])
+        compat.fuse(graph)
+        graph.lint()
+        compat.defunctionalise(graph)
+        graph.lint()
+        self.after.append(list(graph.nodes))
+
+
+@pytest.mark.parametrize(
+    ("failing", "fused", "in_place"), [("_match_norm", 1, 1), ("_rewrite", 0, 0), ("_make_in_place", 2, 0)]
+)
+def test_an_unforeseen_error_leaves_a_whole_graph(
+    failing: str, fused: int, in_place: int, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It strikes in the second of two layers, when the first one is rewritten already."""
+    original = getattr(fusion_pass, failing)
+    calls = iter(range(2))
+
+    def fail_in_the_second(*args):
+        if next(calls) == 1:
+            raise KeyError("unforeseen")
+        return original(*args)
+
+    torch.manual_seed(0)
+    stack = Stack(2, "native", False)
+    attention = {f"layers.{i}": Attention() for i in range(2)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = ThroughCompat(ops)
+    expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
+    monkeypatch.setattr(fusion_pass, failing, fail_in_the_second)
+    actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+
+    assert (the_pass.count(ops.fused), the_pass.count(ops.fused, functional=True)) == (in_place, fused - in_place)
+    assert the_pass.count(ops.update) == 2 - fused
+    if fused == 0:
+        assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
+    assert_close(actual, expected)
+    assert_close(cache, expected_cache)
+
+
 def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 

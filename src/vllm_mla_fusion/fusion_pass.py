@@ -12,8 +12,10 @@ plain in-place call, wherever nobody reads the unrotated query afterwards.
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,19 +139,31 @@ class _NoRope(Exception):
 def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     """Rewrites every cache update in `graph` whose key is a RoPE into the functional form of `ops.fused`.
 
-    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched.
+    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched. Whatever is raised
+    while one is matched is its reason; while one is rewritten: the graph is as it was, and the error goes to the caller.
     """
+    updates = list(graph.find_nodes(op="call_function", target=ops.update))
+    if not updates:
+        return FusionResult()
+    with _all_or_nothing(graph):
+        return _fuse(graph, updates, ops)
+
+
+def _fuse(graph: fx.Graph, updates: list[fx.Node], ops: FusionOps) -> FusionResult:
     result = FusionResult()
-    for update in graph.find_nodes(op="call_function", target=ops.update):
+    for update in updates:
         try:
             site = _match(update, ops)
+            norm = _match_norm(update, site, ops)
         except _NoRope:
             result.without_rope += 1
             continue
         except _NoMatch as reason:
             result.reasons.append(str(reason))
             continue
-        norm = _match_norm(update, site, ops)
+        except Exception as error:
+            result.reasons.append(f"the pass could not read its graph: {error!r}")
+            continue
         _rewrite(graph, update, site, norm, ops)
         result.fused += 1
         result.with_norm += norm is not None
@@ -164,13 +178,21 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     """Replaces functional calls of `ops.fused` by in-place ones and drops the scatter of the query; returns how many.
 
     A call whose unrotated query is still read later, or is a graph input, keeps the functional form: Inductor then
-    copies the query, which is slower and right. Must run after every pass that sorts or removes nodes.
+    copies the query, which is slower and right. Must run after every pass that sorts or removes nodes. If it raises, the
+    graph is as it was.
     """
+    functional = graph.find_nodes(op="call_function", target=auto_functionalized)
+    calls = [node for node in functional if node.args[0] in (ops.fused, ops.fused_norm)]
+    if not calls:
+        return 0
+    with _all_or_nothing(graph):
+        return _defunctionalise(graph, calls)
+
+
+def _defunctionalise(graph: fx.Graph, calls: list[fx.Node]) -> int:
     count = 0
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=auto_functionalized):
-        if node.args[0] not in (ops.fused, ops.fused_norm):
-            continue
+    for node in calls:
         try:
             replacements = _in_place_replacements(graph, node, order)
         except _NoMatch:
@@ -181,6 +203,31 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     if count:
         _erase_unused_views(graph)
     return count
+
+
+@contextmanager
+def _all_or_nothing(graph: fx.Graph) -> Iterator[None]:
+    """Puts the graph back as it was if the block raises: half of a rewrite would compute something else."""
+    backup = fx.Graph()
+    outputs, output = _copy_nodes(graph, backup)
+    output_meta = copy.copy(output.meta)
+    try:
+        yield
+    except BaseException:
+        for node in graph.nodes:
+            node.args, node.kwargs = (), {}
+        for node in reversed(list(graph.nodes)):
+            graph.erase_node(node)
+        backup.output(outputs)
+        graph.output(_copy_nodes(backup, graph)[0]).meta = output_meta
+        raise
+
+
+def _copy_nodes(source: fx.Graph, target: fx.Graph) -> tuple[Any, fx.Node]:
+    """Copies all but the output node; returns that node's argument in `target`, and the node itself."""
+    copied = target.graph_copy(source, {}, return_output_node=True)
+    assert isinstance(copied, tuple)
+    return copied[0], source.output_node()
 
 
 # --- matching ---------------------------------------------------------------------------------------------------------
@@ -207,6 +254,9 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     else:
         raise _NoMatch("the key that is cached does not come from one rotary embedding")
     _check_tensors(site, kv_c)
+    inputs = [site.positions, site.cos_sin_cache, site.q_pe, site.k_pe, kv_c]
+    if not {update, k_rotated, site.q_rotated}.isdisjoint(_ancestors(*inputs)):
+        raise _NoMatch("what the rotary embedding reads is computed from its own results")
     _fake(update)
     return site
 
@@ -335,6 +385,8 @@ def _match_norm(update: fx.Node, site: _Site, ops: FusionOps) -> _Norm | None:
         if norm is None or not _norm_fits(norm, normed, site):
             return None
     except _NoMatch:
+        return None
+    if normed in _ancestors(site.positions, site.cos_sin_cache, site.q_pe, site.k_pe):
         return None
     # Inductor makes one kernel of this norm and one that reads the same buffer; alone, the other costs as much.
     if not ops.norm_beside_others and _has_other_norm(norm, normed, ops):
@@ -472,9 +524,11 @@ def _allow_output_strides(graph: fx.Graph, k_pe_out: fx.Node) -> None:
     outputs = output.args[0]
     if strides is None or not isinstance(outputs, (list, tuple)):
         return
+    strides = list(strides)
     for index, node in enumerate(outputs):
         if node is k_pe_out:
             strides[index] = _fake(k_pe_out).stride()
+    output.meta["original_output_strides"] = strides
 
 
 def _drop_self_scatters(graph: fx.Graph) -> None:
@@ -677,8 +731,8 @@ def _closure(start: list[fx.Node], step: Callable[[fx.Node], Any]) -> set[fx.Nod
     return seen
 
 
-def _ancestors(node: fx.Node | None) -> set[fx.Node]:
-    return _closure([node] if node is not None else [], lambda current: current.all_input_nodes)
+def _ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    return _closure(list(nodes), lambda node: node.all_input_nodes)
 
 
 def _downstream(gather: fx.Node) -> list[fx.Node]:
