@@ -476,6 +476,51 @@ def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps)
     assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
 
 
+def _expanded_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe = q[:, :1, mla_layer.NOPE :].expand(-1, mla_layer.HEADS, -1)
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe * 1, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_heads_that_share_memory_are_left_alone(ops: fusion_pass.FusionOps) -> None:
+    assert "expanded" in check_body(_expanded_query, ops).results[0].reasons[0]
+
+
+def _key_is_a_head_of_the_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q[..., mla_layer.NOPE :], k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q, kv_c, layer.update(kv_c, k_pe)
+
+
+def _query_without_its_head_the_key(layer, positions, hidden, cos_sin_cache):
+    """The same, and nobody reads the buffer afterwards: Inductor too might rotate it in place."""
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def _key_beside_the_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[:, 1:, mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused"),
+    [(_key_is_a_head_of_the_query, 0), (_query_without_its_head_the_key, 0), (_key_beside_the_query, 1)],
+    ids=["overlap", "overlap_unread", "apart"],
+)
+def test_key_in_the_query_s_buffer(body, fused: int, ops: fusion_pass.FusionOps) -> None:
+    """Rotating the query in place would rotate a key that is a part of it; slices side by side are safe."""
+    the_pass = check_body(body, ops)
+    assert (the_pass.results[0].fused, the_pass.in_place) == (fused, [fused])
+    assert the_pass.results[0].reasons == ["k_pe shares memory with q_pe, which is rotated in place"] * (1 - fused)
+
+
 def _latent_of_the_rotated_key(layer, positions, hidden, cos_sin_cache):
     q, kv_c, k_pe = layer.project(hidden)
     q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)

@@ -358,6 +358,12 @@ def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
         raise _NoMatch(f"cos_sin_cache has dtype {_fake(site.cos_sin_cache).dtype}, needs {dtype} or torch.float32")
     if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
         raise _NoMatch("q_pe must be [num_tokens, num_heads, rot_dim] and positions [num_tokens]")
+    if any(size > 1 and stride == 0 for size, stride in zip(_shape(site.q_pe), _fake(site.q_pe).stride(), strict=True)):
+        raise _NoMatch("q_pe is expanded: heads or tokens that share memory cannot be rotated in place")
+    # Not even the functional form would do: Inductor makes it an in-place one and looks at the query's readers only.
+    for name, node in (("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
+        if _may_overlap(node, site.q_pe):
+            raise _NoMatch(f"{name} shares memory with q_pe, which is rotated in place")
 
 
 def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:
@@ -433,7 +439,8 @@ def _norm_fits(norm: _Norm, normed: fx.Node, site: _Site) -> bool:
     x, weight = _fake(norm.kv_c), _fake(norm.weight)
     same_dtype = x.dtype == weight.dtype == _fake(normed).dtype == dtype
     same_shape = _shape(norm.kv_c) == _shape(normed) and _shape(norm.weight) == _shape(normed)[-1:]
-    return same_dtype and same_shape and x.dim() == 2 and x.stride(-1) == 1 and weight.stride(-1) == 1
+    packed = x.dim() == 2 and x.stride(-1) == 1 and weight.stride(-1) == 1
+    return same_dtype and same_shape and packed and not _may_overlap(norm.kv_c, site.q_pe)
 
 
 def _has_other_norm(norm: _Norm, normed: fx.Node, ops: FusionOps) -> bool:
@@ -660,6 +667,26 @@ def _same_place(first: Any, second: Any) -> bool:
 
 def _is_in_storage_of(first: Any, second: Any) -> bool:
     return _storage(first) is not None and _storage(first) == _storage(second)
+
+
+def _may_overlap(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two nodes share memory; slices side by side in a row, as of a fused projection, do not."""
+    if not _is_in_storage_of(first, second):
+        return False
+    a, b = _fake(first), _fake(second)
+    if a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
+        return True
+    return not _elements(first).isdisjoint(_elements(second))
+
+
+def _elements(node: fx.Node) -> set[int]:
+    """Where in their storage the elements of a node's first rows are."""
+    value = _fake(node)
+    places = {_probe_size(value.storage_offset())}
+    for dim, (size, stride) in enumerate(zip(_shape(node), value.stride(), strict=True)):
+        steps = range(min(size, _PROBE_TOKENS) if dim == 0 else size)
+        places = {place + step * _probe_size(stride) for place in places for step in steps}
+    return places
 
 
 def _writes_to(scatter: fx.Node, view: Any) -> bool:
