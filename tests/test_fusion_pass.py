@@ -295,7 +295,18 @@ def _of_another_kind(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     return q_pe * angles, torch.where(k_pe > 0, k_pe * angles, k_pe)
 
 
+def _key_through(dtype):
+    def rotate(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+        q_pe, k_pe = mla_layer.ROPES["native"](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+        return q_pe, k_pe.to(dtype).to(k_pe.dtype)
+
+    rotate.__name__ = f"_key_through_{dtype}"
+    return rotate
+
+
 NEAR_MISSES = [
+    _key_through(torch.float8_e4m3fn),
+    _key_through(torch.int32),
     _wrong_sign,
     _scaled,
     _other_positions_for_the_key,
@@ -575,6 +586,23 @@ def test_an_unforeseen_error_leaves_a_whole_graph(
         assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
     assert_close(actual, expected)
     assert_close(cache, expected_cache)
+
+
+def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
+    q, _, k_pe = layer.project(hidden)
+    weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25
+    kv_c = mla_layer.written_out_norm(layer.kv_a(hidden)[:, : mla_layer.LORA], weight)
+    kv_c = kv_c.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_norm_before_a_rounding_stays(ops: fusion_pass.FusionOps) -> None:
+    the_pass = Pass(ops)
+    model = compiled(mla_layer.Projections(_latent_through_fp8, "native"), the_pass)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
 
 
 def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:

@@ -70,6 +70,8 @@ _PRECISION_CHANGES = {aten._to_copy.default, torch.ops.prims.convert_element_typ
 _PROBE_TOKENS = 5
 _PROBE_POSITIONS = 7
 _PROBE_MAX_ELEMENTS = 1 << 24
+# Rounding to one of these is no step of its own; to fp8 or an integer it is.
+_EVALUABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -820,6 +822,9 @@ class _Probe:
         return self._values[node]
 
     def _evaluate(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype not in _EVALUABLE_DTYPES:
+            raise TypeError(f"{node} has dtype {value.dtype}, which rounds too much to be passed over")
         rotary = _rotary_op(node, self._ops)
         if rotary is not None:
             is_neox = bool(node.kwargs[rotary.is_neox])
