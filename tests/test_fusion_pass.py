@@ -588,6 +588,23 @@ def test_an_unforeseen_error_leaves_a_whole_graph(
     assert_close(cache, expected_cache)
 
 
+def _query_in_float32(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    cos, sin = cos_sin_cache.float().index_select(0, positions).unsqueeze(1).chunk(2, -1)
+
+    def rotate(x):
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+    k_pe = rotate(k_pe).to(torch.bfloat16)
+    return (rotate(q[..., mla_layer.NOPE :]) * 4096).to(torch.int32), kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_query_that_is_read_in_float32_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    reasons = ["the rotated query is read as torch.float32, the kernel writes torch.bfloat16"]
+    assert check_body(_query_in_float32, ops).results[0].reasons == reasons
+
+
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
     q, _, k_pe = layer.project(hidden)
     weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25

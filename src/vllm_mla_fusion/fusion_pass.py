@@ -255,7 +255,7 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
         )
     else:
         raise _NoMatch("the key that is cached does not come from one rotary embedding")
-    _check_tensors(site, kv_c)
+    _check_tensors(site, kv_c, k_rotated)
     inputs = [site.positions, site.cos_sin_cache, site.q_pe, site.k_pe, kv_c]
     if not {update, k_rotated, site.q_rotated}.isdisjoint(_ancestors(*inputs)):
         raise _NoMatch("what the rotary embedding reads is computed from its own results")
@@ -347,7 +347,7 @@ def _source(
     return None
 
 
-def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
+def _check_tensors(site: _Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
     """The kernel's requirements that a graph can show; the rest is checked at run time."""
     dtype = _fake(site.q_pe).dtype
     if dtype not in _ACTIVATION_DTYPES:
@@ -356,6 +356,9 @@ def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
         fake = _fake(node)
         if fake.dtype != dtype or fake.stride(-1) != 1:
             raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {dtype} and 1")
+    for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
+        if rotated is not None and _fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
+            raise _NoMatch(f"the rotated {name} is read as {_fake(rotated).dtype}, the kernel writes {dtype}")
     if _fake(site.cos_sin_cache).dtype not in (dtype, torch.float32):
         raise _NoMatch(f"cos_sin_cache has dtype {_fake(site.cos_sin_cache).dtype}, needs {dtype} or torch.float32")
     if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
@@ -366,6 +369,11 @@ def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
     for name, node in (("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
         if _may_overlap(node, site.q_pe):
             raise _NoMatch(f"{name} shares memory with q_pe, which is rotated in place")
+
+
+def _is_only_converted(node: fx.Node, dtype: torch.dtype) -> bool:
+    conversions = {*_PRECISION_CHANGES, aten.copy.default}
+    return all(user.target in conversions and _fake(user).dtype == dtype for user in node.users)
 
 
 def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:
