@@ -605,6 +605,33 @@ def test_a_query_that_is_read_in_float32_is_left_alone(ops: fusion_pass.FusionOp
     assert check_body(_query_in_float32, ops).results[0].reasons == reasons
 
 
+def _key_without_heads(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q[..., mla_layer.NOPE :], k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    k_pe = k_pe.squeeze(1)
+    return q, kv_c, k_pe, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize("rope", ["native", "custom_op"])
+def test_key_of_two_dimensions(rope: str, ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_key_without_heads, ops, rope)
+    assert (the_pass.results[0].fused, the_pass.in_place) == (1, [1])
+
+
+def _key_of_two_heads(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe.repeat(1, 2, 1), cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_key_of_two_heads_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    the_pass = Pass(ops)
+    model = compiled(mla_layer.Projections(_key_of_two_heads, "native"), the_pass)
+    positions, hidden, cos_sin_cache, _ = inputs()
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=None)
+    assert "k_pe has shape" in the_pass.results[0].reasons[0]
+
+
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
     q, _, k_pe = layer.project(hidden)
     weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25

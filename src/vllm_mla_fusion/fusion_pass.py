@@ -356,6 +356,11 @@ def _check_tensors(site: _Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
         fake = _fake(node)
         if fake.dtype != dtype or fake.stride(-1) != 1:
             raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {dtype} and 1")
+    num_tokens, rot_dim = _shape(k_rotated)[0], _shape(site.q_pe)[-1]
+    for name, node in (("k_pe", site.k_pe), ("the rotated key", k_rotated)):
+        if _shape(node) not in ((num_tokens, 1, rot_dim), (num_tokens, rot_dim)):
+            shape = tuple(_fake(node).shape)
+            raise _NoMatch(f"{name} has shape {shape}, needs [num_tokens, 1, {rot_dim}] or [num_tokens, {rot_dim}]")
     for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
         if rotated is not None and _fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
             raise _NoMatch(f"the rotated {name} is read as {_fake(rotated).dtype}, the kernel writes {dtype}")
@@ -477,7 +482,8 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
     normed, k_rotated, layer_name, kv_cache_dtype, k_scale = update.args
     assert isinstance(normed, fx.Node)
     assert isinstance(k_rotated, fx.Node)
-    outputs = [_fake(k_rotated).new_empty(_fake(k_rotated).shape)]
+    num_tokens, rot_dim = _fake(k_rotated).shape[0], _fake(k_rotated).shape[-1]
+    outputs = [_fake(k_rotated).new_empty((num_tokens, 1, rot_dim))]
     latent = {"kv_c": normed}
     if norm is not None:
         outputs.append(_fake(normed).new_empty(_fake(normed).shape))
@@ -503,15 +509,24 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
     fused.meta["val"] = tuple(outputs)
     for result, value in zip(results, outputs, strict=True):
         result.meta["val"] = value
-    _allow_input_strides(k_rotated, outputs[0])
-    k_rotated.replace_all_uses_with(results[0])
-    _allow_output_strides(graph, results[0])
+    key = results[0] if len(_shape(k_rotated)) == 3 else _without_heads(graph, results[0], update)
+    _allow_input_strides(k_rotated, _fake(key))
+    k_rotated.replace_all_uses_with(key)
+    _allow_output_strides(graph, key)
     update.replace_all_uses_with(_empty_part_of(graph, results[0], update))
     if site.q_rotated is not None:
         site.q_rotated.replace_all_uses_with(results[-1])
     graph.erase_node(update)
     if norm is not None:
         normed.replace_all_uses_with(results[1])
+
+
+def _without_heads(graph: fx.Graph, k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
+    """The kernel's [num_tokens, 1, rot_dim] as [num_tokens, rot_dim]."""
+    with graph.inserting_before(update):
+        key = graph.call_function(aten.squeeze.dim, (k_pe_out, 1))
+    key.meta["val"] = _fake(k_pe_out).squeeze(1)
+    return key
 
 
 def _empty_part_of(graph: fx.Graph, k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
