@@ -481,7 +481,9 @@ def _attention_with_unrotated_key(layer, positions, hidden, cos_sin_cache):
     return kv_c, layer.attend(q, kv_c, k_pe, layer.update(kv_c, rotated))
 
 
-@pytest.mark.parametrize("body", [_key_for_the_cache_only, _attention_with_unrotated_key], ids=lambda body: body.__name__)
+@pytest.mark.parametrize(
+    "body", [_key_for_the_cache_only, _attention_with_unrotated_key], ids=lambda body: body.__name__
+)
 def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps) -> None:
     the_pass = check_body(body, ops, "custom_op")
     assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
@@ -630,6 +632,29 @@ def test_key_of_two_heads_is_left_alone(ops: fusion_pass.FusionOps) -> None:
     positions, hidden, cos_sin_cache, _ = inputs()
     run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=None)
     assert "k_pe has shape" in the_pass.results[0].reasons[0]
+
+
+def _strided_positions(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    positions = torch.stack([positions, positions], -1)[:, 0]
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def _transposed_table(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    cos_sin_cache = cos_sin_cache.t().contiguous().t()
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [(_strided_positions, "positions"), (_transposed_table, "cos_sin_cache")],
+    ids=["positions", "table"],
+)
+def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: fusion_pass.FusionOps) -> None:
+    assert check_body(body, ops).results[0].reasons[0].startswith(f"{name} has dtype")
 
 
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):

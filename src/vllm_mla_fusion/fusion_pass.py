@@ -141,8 +141,8 @@ class _NoRope(Exception):
 def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     """Rewrites every cache update in `graph` whose key is a RoPE into the functional form of `ops.fused`.
 
-    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched. Whatever is raised
-    while one is matched is its reason; while one is rewritten: the graph is as it was, and the error goes to the caller.
+    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched. An error
+    in matching one is its reason. If rewriting raises, the graph is as it was.
     """
     updates = list(graph.find_nodes(op="call_function", target=ops.update))
     if not updates:
@@ -180,8 +180,8 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     """Replaces functional calls of `ops.fused` by in-place ones and drops the scatter of the query; returns how many.
 
     A call whose unrotated query is still read later, or is a graph input, keeps the functional form: Inductor then
-    copies the query, which is slower and right. Must run after every pass that sorts or removes nodes. If it raises, the
-    graph is as it was.
+    copies the query, which is slower and right. Must run after every pass that sorts or removes nodes.
+    If it raises, the graph is as it was.
     """
     functional = graph.find_nodes(op="call_function", target=auto_functionalized)
     calls = [node for node in functional if node.args[0] in (ops.fused, ops.fused_norm)]
@@ -352,22 +352,38 @@ def _check_tensors(site: _Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
     dtype = _fake(site.q_pe).dtype
     if dtype not in _ACTIVATION_DTYPES:
         raise _NoMatch(f"activations of {dtype} are not supported")
-    for name, node in (("q_pe", site.q_pe), ("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
+    for name, node, dtypes in (
+        ("q_pe", site.q_pe, (dtype,)),
+        ("k_pe", site.k_pe, (dtype,)),
+        ("kv_c_normed", kv_c, (dtype,)),
+        ("cos_sin_cache", site.cos_sin_cache, (dtype, torch.float32)),
+        ("positions", site.positions, (torch.int32, torch.int64)),
+    ):
         fake = _fake(node)
-        if fake.dtype != dtype or fake.stride(-1) != 1:
-            raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {dtype} and 1")
-    num_tokens, rot_dim = _shape(k_rotated)[0], _shape(site.q_pe)[-1]
+        if fake.dtype not in dtypes or fake.stride(-1) != 1:
+            needed = " or ".join(map(str, dtypes))
+            raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {needed} and 1")
+    for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
+        if rotated is not None and _fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
+            raise _NoMatch(f"the rotated {name} is read as {_fake(rotated).dtype}, the kernel writes {dtype}")
+    _check_shapes(site, k_rotated)
+    _check_memory(site, kv_c)
+
+
+def _check_shapes(site: _Site, k_rotated: fx.Node) -> None:
+    if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
+        raise _NoMatch("q_pe must be [num_tokens, num_heads, rot_dim] and positions [num_tokens]")
+    (num_tokens,), rot_dim = _shape(site.positions), _shape(site.q_pe)[-1]
     for name, node in (("k_pe", site.k_pe), ("the rotated key", k_rotated)):
         if _shape(node) not in ((num_tokens, 1, rot_dim), (num_tokens, rot_dim)):
             shape = tuple(_fake(node).shape)
             raise _NoMatch(f"{name} has shape {shape}, needs [num_tokens, 1, {rot_dim}] or [num_tokens, {rot_dim}]")
-    for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
-        if rotated is not None and _fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
-            raise _NoMatch(f"the rotated {name} is read as {_fake(rotated).dtype}, the kernel writes {dtype}")
-    if _fake(site.cos_sin_cache).dtype not in (dtype, torch.float32):
-        raise _NoMatch(f"cos_sin_cache has dtype {_fake(site.cos_sin_cache).dtype}, needs {dtype} or torch.float32")
-    if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
-        raise _NoMatch("q_pe must be [num_tokens, num_heads, rot_dim] and positions [num_tokens]")
+    if _shape(site.cos_sin_cache)[1:] != (rot_dim,):
+        shape = tuple(_fake(site.cos_sin_cache).shape)
+        raise _NoMatch(f"cos_sin_cache has shape {shape}, needs [max_position, {rot_dim}]")
+
+
+def _check_memory(site: _Site, kv_c: fx.Node) -> None:
     if any(size > 1 and stride == 0 for size, stride in zip(_shape(site.q_pe), _fake(site.q_pe).stride(), strict=True)):
         raise _NoMatch("q_pe is expanded: heads or tokens that share memory cannot be rotated in place")
     # Not even the functional form would do: Inductor makes it an in-place one and looks at the query's readers only.
