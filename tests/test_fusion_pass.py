@@ -238,17 +238,34 @@ class WithLateReader(Pass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         fusion_pass.fuse(graph, self.ops)
-        query = next(node for node in graph.nodes if node.target is auto_functionalized).kwargs["q_pe"].args[0]
+        fused = next(node for node in graph.nodes if node.target is auto_functionalized)
+        query = self.view(graph, fused, fused.kwargs["q_pe"].args[0])
         with graph.inserting_before(graph.output_node()):
             graph.call_function(aten.relu.default, (query,)).meta["val"] = query.meta["val"].clone()
         self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
 
+    def view(self, graph, fused, query):
+        return query
 
-def test_query_that_is_read_later_is_not_rotated_in_place(ops: fusion_pass.FusionOps) -> None:
+
+class WithLateReaderOfForeignView(WithLateReader):
+    """It reads a view made before the call, whose value has a storage of its own, as other passes leave it."""
+
+    def view(self, graph, fused, query):
+        with graph.inserting_before(fused):
+            view = graph.call_function(
+                aten.view.default, (query, [-1, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)])
+            )
+        view.meta["val"] = query.meta["val"].flatten(1).clone()
+        return view
+
+
+@pytest.mark.parametrize("late_reader", [WithLateReader, WithLateReaderOfForeignView])
+def test_query_that_is_read_later_is_not_rotated_in_place(late_reader: type, ops: fusion_pass.FusionOps) -> None:
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
-    the_pass = WithLateReader(ops)
+    the_pass = late_reader(ops)
     expected, _ = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
     actual, _ = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert the_pass.in_place == [0]

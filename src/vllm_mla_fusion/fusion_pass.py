@@ -595,10 +595,8 @@ def _in_place_replacements(
     """Pairs (node, what its users read once the query is rotated in place), readers first; None: not possible."""
     q_pe = fused.kwargs["q_pe"]
     assert isinstance(q_pe, fx.Node)
-    storage = _storage(q_pe)
-    if storage is None:
-        return None
-    aliases = [node for node in graph.nodes if _storage(node) == storage]
+    memory = _memory(q_pe)
+    aliases = {node for node in graph.nodes if not memory.isdisjoint(_memory(node))}
     if any(node.op != "call_function" for node in aliases):
         return None
 
@@ -609,8 +607,7 @@ def _in_place_replacements(
     replaced = {node for node, _ in replacements}
     for alias in aliases:
         for reader in alias.users:
-            is_view = _storage(reader) == storage
-            if not is_view and reader is not fused and reader not in replaced and order[reader] > order[fused]:
+            if reader not in aliases and reader is not fused and reader not in replaced and order[reader] > order[fused]:
                 return None
     return replacements
 
@@ -710,12 +707,25 @@ def _is_in_storage_of(first: Any, second: Any) -> bool:
     return _storage(first) is not None and _storage(first) == _storage(second)
 
 
+def _memory(node: fx.Node) -> set[int]:
+    """The storages that a node may lie in: its own and those of what it is a view of, as a pass may have put in a view
+    whose value in the metadata has a storage of its own."""
+    found = set()
+    while True:
+        storage = _storage(node)
+        found |= {storage} if storage is not None else set()
+        source = node.args[0] if node.target in _VIEWS else None
+        if not isinstance(source, fx.Node) or (node.target is operator.getitem and source.target not in _VIEWS):
+            return found
+        node = source
+
+
 def _may_overlap(first: fx.Node, second: fx.Node) -> bool:
     """Whether two nodes share memory; slices side by side in a row, as of a fused projection, do not."""
-    if not _is_in_storage_of(first, second):
+    if _memory(first).isdisjoint(_memory(second)):
         return False
     a, b = _fake(first), _fake(second)
-    if a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
+    if not _is_in_storage_of(first, second) or a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
         return True
     return not _elements(first).isdisjoint(_elements(second))
 
