@@ -122,6 +122,41 @@ class Layer(nn.Module):
         return hidden + self.o(output)
 
 
+class Projections(nn.Module):
+    """The projections and the cache update of a layer; what lies between them is `body`."""
+
+    def __init__(self, body: Callable, rope: str) -> None:
+        super().__init__()
+        self.body, self.rope = body, ROPES[rope]
+        self.kv_a = nn.Linear(HIDDEN, LORA + ROT, bias=False, dtype=torch.bfloat16)
+        self.q_b = nn.Linear(HIDDEN, HEADS * (NOPE + ROT), bias=False, dtype=torch.bfloat16)
+        self.scale = nn.Buffer(torch.tensor(1.0))
+
+    def reference(self) -> Projections:
+        twin = copy.copy(self)
+        twin.rope = ROPES["native"]
+        return twin
+
+    def project(self, hidden):
+        """q, kv_c_normed, k_pe"""
+        kv_c, k_pe = self.kv_a(hidden).split([LORA, ROT], -1)
+        kv_c_normed = nn.functional.rms_norm(kv_c.float(), (LORA,)).to(kv_c.dtype)
+        return self.q_b(hidden).view(-1, HEADS, NOPE + ROT), kv_c_normed, k_pe.unsqueeze(1)
+
+    def update(self, kv_c_normed, k_pe, name="layers.0"):
+        name = _encode_layer_name(name)
+        return torch.ops.vllm.unified_mla_kv_cache_update(kv_c_normed, k_pe, name, "auto", self.scale)
+
+    def attend(self, q, kv_c_normed, k_pe, dummy, name="layers.0"):
+        output = torch.empty(len(q), HEADS * (NOPE + ROT), dtype=q.dtype)
+        name = _encode_layer_name(name)
+        torch.ops.vllm.unified_mla_attention_with_output(q, kv_c_normed, k_pe, output, name, kv_cache_dummy_dep=dummy)
+        return output
+
+    def forward(self, positions, hidden, cos_sin_cache):
+        return self.body(self, positions, hidden, cos_sin_cache)
+
+
 class Attention(MLAAttention):
     """vLLM's layer with its own cache update, without weights, and an attention that mixes all it is given."""
 

@@ -238,17 +238,34 @@ class WithLateReader(Pass):
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         fusion_pass.fuse(graph, self.ops)
-        query = next(node for node in graph.nodes if node.target is auto_functionalized).kwargs["q_pe"].args[0]
+        fused = next(node for node in graph.nodes if node.target is auto_functionalized)
+        query = self.view(graph, fused, fused.kwargs["q_pe"].args[0])
         with graph.inserting_before(graph.output_node()):
             graph.call_function(aten.relu.default, (query,)).meta["val"] = query.meta["val"].clone()
         self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
 
+    def view(self, graph, fused, query):
+        return query
 
-def test_query_that_is_read_later_is_not_rotated_in_place(ops: fusion_pass.FusionOps) -> None:
+
+class WithLateReaderOfForeignView(WithLateReader):
+    """It reads a view made before the call, whose value has a storage of its own, as other passes leave it."""
+
+    def view(self, graph, fused, query):
+        with graph.inserting_before(fused):
+            view = graph.call_function(
+                aten.view.default, (query, [-1, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)])
+            )
+        view.meta["val"] = query.meta["val"].flatten(1).clone()
+        return view
+
+
+@pytest.mark.parametrize("late_reader", [WithLateReader, WithLateReaderOfForeignView])
+def test_query_that_is_read_later_is_not_rotated_in_place(late_reader: type, ops: fusion_pass.FusionOps) -> None:
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
-    the_pass = WithLateReader(ops)
+    the_pass = late_reader(ops)
     expected, _ = run(layer, attention, positions, hidden, cos_sin_cache, slots=slots)
     actual, _ = run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert the_pass.in_place == [0]
@@ -295,7 +312,18 @@ def _of_another_kind(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     return q_pe * angles, torch.where(k_pe > 0, k_pe * angles, k_pe)
 
 
+def _key_through(dtype):
+    def rotate(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+        q_pe, k_pe = mla_layer.ROPES["native"](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+        return q_pe, k_pe.to(dtype).to(k_pe.dtype)
+
+    rotate.__name__ = f"_key_through_{dtype}"
+    return rotate
+
+
 NEAR_MISSES = [
+    _key_through(torch.float8_e4m3fn),
+    _key_through(torch.int32),
     _wrong_sign,
     _scaled,
     _other_positions_for_the_key,
@@ -438,6 +466,228 @@ def test_norm_with_another_reader_stays(ops: fusion_pass.FusionOps) -> None:
     the_pass = Pass(ops)
     positions, hidden, cos_sin_cache, slots = inputs()
     run(compiled(layer, the_pass), {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
+
+
+def check_body(body, ops: fusion_pass.FusionOps, rope: str = "native", the_pass: Pass | None = None) -> Pass:
+    """Compiles `body` between a layer's projections: it must compute and cache what it does without the pass."""
+    torch.manual_seed(0)
+    model = mla_layer.Projections(body, rope)
+    attention = {f"layers.{i}": Attention() for i in range(2)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = the_pass or Pass(ops)
+    expected, expected_cache = run(model.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(model, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    for got, want in zip(actual, expected, strict=True):
+        assert_close(got, want)
+    assert_close(cache, expected_cache)
+    return the_pass
+
+
+def _key_for_the_cache_only(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :].contiguous(), k_pe.contiguous()
+    k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)[1]
+    return kv_c * 2, layer.update(kv_c, k_pe)
+
+
+def _attention_with_unrotated_key(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, rotated = q[..., mla_layer.NOPE :].contiguous(), k_pe.contiguous()
+    rotated = layer.rope(positions, q_pe, rotated, cos_sin_cache, False)[1]
+    return kv_c, layer.attend(q, kv_c, k_pe, layer.update(kv_c, rotated))
+
+
+@pytest.mark.parametrize(
+    "body", [_key_for_the_cache_only, _attention_with_unrotated_key], ids=lambda body: body.__name__
+)
+def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(body, ops, "custom_op")
+    assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
+
+
+def _expanded_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe = q[:, :1, mla_layer.NOPE :].expand(-1, mla_layer.HEADS, -1)
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe * 1, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_heads_that_share_memory_are_left_alone(ops: fusion_pass.FusionOps) -> None:
+    assert "expanded" in check_body(_expanded_query, ops).results[0].reasons[0]
+
+
+def _key_is_a_head_of_the_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q[..., mla_layer.NOPE :], k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q, kv_c, layer.update(kv_c, k_pe)
+
+
+def _query_without_its_head_the_key(layer, positions, hidden, cos_sin_cache):
+    """The same, and nobody reads the buffer afterwards: Inductor too might rotate it in place."""
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[..., mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def _key_beside_the_query(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, _ = layer.project(hidden)
+    q_pe, k_pe = q[:, 1:, mla_layer.NOPE :], q[:, :1, mla_layer.NOPE :]
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused"),
+    [(_key_is_a_head_of_the_query, 0), (_query_without_its_head_the_key, 0), (_key_beside_the_query, 1)],
+    ids=["overlap", "overlap_unread", "apart"],
+)
+def test_key_in_the_query_s_buffer(body, fused: int, ops: fusion_pass.FusionOps) -> None:
+    """Rotating the query in place would rotate a key that is a part of it; slices side by side are safe."""
+    the_pass = check_body(body, ops)
+    assert (the_pass.results[0].fused, the_pass.in_place) == (fused, [fused])
+    assert the_pass.results[0].reasons == ["k_pe shares memory with q_pe, which is rotated in place"] * (1 - fused)
+
+
+def _latent_of_the_rotated_key(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    kv_c = kv_c + k_pe.mean(-1)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_latent_of_the_rotated_key_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_latent_of_the_rotated_key, ops)
+    assert the_pass.results[0].reasons == ["what the rotary embedding reads is computed from its own results"]
+
+
+class ThroughCompat(Pass):
+    """The steps as vLLM's pass manager runs them: nothing is raised."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.before.append([node.target for node in graph.nodes])
+        compat.fuse(graph)
+        graph.lint()
+        compat.defunctionalise(graph)
+        graph.lint()
+        self.after.append(list(graph.nodes))
+
+
+@pytest.mark.parametrize(
+    ("failing", "fused", "in_place"), [("_match_norm", 1, 1), ("_rewrite", 0, 0), ("_make_in_place", 2, 0)]
+)
+def test_an_unforeseen_error_leaves_a_whole_graph(
+    failing: str, fused: int, in_place: int, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It strikes in the second of two layers, when the first one is rewritten already."""
+    original = getattr(fusion_pass, failing)
+    calls = iter(range(2))
+
+    def fail_in_the_second(*args):
+        if next(calls) == 1:
+            raise KeyError("unforeseen")
+        return original(*args)
+
+    torch.manual_seed(0)
+    stack = Stack(2, "native", False)
+    attention = {f"layers.{i}": Attention() for i in range(2)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = ThroughCompat(ops)
+    expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
+    monkeypatch.setattr(fusion_pass, failing, fail_in_the_second)
+    actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+
+    assert (the_pass.count(ops.fused), the_pass.count(ops.fused, functional=True)) == (in_place, fused - in_place)
+    assert the_pass.count(ops.update) == 2 - fused
+    if fused == 0:
+        assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
+    assert_close(actual, expected)
+    assert_close(cache, expected_cache)
+
+
+def _query_in_float32(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    cos, sin = cos_sin_cache.float().index_select(0, positions).unsqueeze(1).chunk(2, -1)
+
+    def rotate(x):
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+    k_pe = rotate(k_pe).to(torch.bfloat16)
+    return (rotate(q[..., mla_layer.NOPE :]) * 4096).to(torch.int32), kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_query_that_is_read_in_float32_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    reasons = ["the rotated query is read as torch.float32, the kernel writes torch.bfloat16"]
+    assert check_body(_query_in_float32, ops).results[0].reasons == reasons
+
+
+def _key_without_heads(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q[..., mla_layer.NOPE :], k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    k_pe = k_pe.squeeze(1)
+    return q, kv_c, k_pe, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize("rope", ["native", "custom_op"])
+def test_key_of_two_dimensions(rope: str, ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_key_without_heads, ops, rope)
+    assert (the_pass.results[0].fused, the_pass.in_place) == (1, [1])
+
+
+def _key_of_two_heads(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe.repeat(1, 2, 1), cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_key_of_two_heads_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+    the_pass = Pass(ops)
+    model = compiled(mla_layer.Projections(_key_of_two_heads, "native"), the_pass)
+    positions, hidden, cos_sin_cache, _ = inputs()
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=None)
+    assert "k_pe has shape" in the_pass.results[0].reasons[0]
+
+
+def _strided_positions(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    positions = torch.stack([positions, positions], -1)[:, 0]
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def _transposed_table(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    cos_sin_cache = cos_sin_cache.t().contiguous().t()
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [(_strided_positions, "positions"), (_transposed_table, "cos_sin_cache")],
+    ids=["positions", "table"],
+)
+def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: fusion_pass.FusionOps) -> None:
+    assert check_body(body, ops).results[0].reasons[0].startswith(f"{name} has dtype")
+
+
+def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
+    q, _, k_pe = layer.project(hidden)
+    weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25
+    kv_c = mla_layer.written_out_norm(layer.kv_a(hidden)[:, : mla_layer.LORA], weight)
+    kv_c = kv_c.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, layer.update(kv_c, k_pe)
+
+
+def test_a_norm_before_a_rounding_stays(ops: fusion_pass.FusionOps) -> None:
+    the_pass = Pass(ops)
+    model = compiled(mla_layer.Projections(_latent_through_fp8, "native"), the_pass)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
     assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
 
 

@@ -12,8 +12,10 @@ plain in-place call, wherever nobody reads the unrotated query afterwards.
 
 from __future__ import annotations
 
+import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +70,8 @@ _PRECISION_CHANGES = {aten._to_copy.default, torch.ops.prims.convert_element_typ
 _PROBE_TOKENS = 5
 _PROBE_POSITIONS = 7
 _PROBE_MAX_ELEMENTS = 1 << 24
+# Rounding to one of these is no step of its own; to fp8 or an integer it is.
+_EVALUABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -137,19 +141,31 @@ class _NoRope(Exception):
 def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     """Rewrites every cache update in `graph` whose key is a RoPE into the functional form of `ops.fused`.
 
-    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched.
+    The graph stays functional, sorted and without dead nodes. Sites that do not match are untouched. An error
+    in matching one is its reason. If rewriting raises, the graph is as it was.
     """
+    updates = list(graph.find_nodes(op="call_function", target=ops.update))
+    if not updates:
+        return FusionResult()
+    with _all_or_nothing(graph):
+        return _fuse(graph, updates, ops)
+
+
+def _fuse(graph: fx.Graph, updates: list[fx.Node], ops: FusionOps) -> FusionResult:
     result = FusionResult()
-    for update in graph.find_nodes(op="call_function", target=ops.update):
+    for update in updates:
         try:
             site = _match(update, ops)
+            norm = _match_norm(update, site, ops)
         except _NoRope:
             result.without_rope += 1
             continue
         except _NoMatch as reason:
             result.reasons.append(str(reason))
             continue
-        norm = _match_norm(update, site, ops)
+        except Exception as error:
+            result.reasons.append(f"the pass could not read its graph: {error!r}")
+            continue
         _rewrite(graph, update, site, norm, ops)
         result.fused += 1
         result.with_norm += norm is not None
@@ -165,12 +181,20 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
 
     A call whose unrotated query is still read later, or is a graph input, keeps the functional form: Inductor then
     copies the query, which is slower and right. Must run after every pass that sorts or removes nodes.
+    If it raises, the graph is as it was.
     """
+    functional = graph.find_nodes(op="call_function", target=auto_functionalized)
+    calls = [node for node in functional if node.args[0] in (ops.fused, ops.fused_norm)]
+    if not calls:
+        return 0
+    with _all_or_nothing(graph):
+        return _defunctionalise(graph, calls)
+
+
+def _defunctionalise(graph: fx.Graph, calls: list[fx.Node]) -> int:
     count = 0
     order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=auto_functionalized):
-        if node.args[0] not in (ops.fused, ops.fused_norm):
-            continue
+    for node in calls:
         try:
             replacements = _in_place_replacements(graph, node, order)
         except _NoMatch:
@@ -181,6 +205,31 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> int:
     if count:
         _erase_unused_views(graph)
     return count
+
+
+@contextmanager
+def _all_or_nothing(graph: fx.Graph) -> Iterator[None]:
+    """Puts the graph back as it was if the block raises: half of a rewrite would compute something else."""
+    backup = fx.Graph()
+    outputs, output = _copy_nodes(graph, backup)
+    output_meta = copy.copy(output.meta)
+    try:
+        yield
+    except BaseException:
+        for node in graph.nodes:
+            node.args, node.kwargs = (), {}
+        for node in reversed(list(graph.nodes)):
+            graph.erase_node(node)
+        backup.output(outputs)
+        graph.output(_copy_nodes(backup, graph)[0]).meta = output_meta
+        raise
+
+
+def _copy_nodes(source: fx.Graph, target: fx.Graph) -> tuple[Any, fx.Node]:
+    """Copies all but the output node; returns that node's argument in `target`, and the node itself."""
+    copied = target.graph_copy(source, {}, return_output_node=True)
+    assert isinstance(copied, tuple)
+    return copied[0], source.output_node()
 
 
 # --- matching ---------------------------------------------------------------------------------------------------------
@@ -206,7 +255,10 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
         )
     else:
         raise _NoMatch("the key that is cached does not come from one rotary embedding")
-    _check_tensors(site, kv_c)
+    _check_tensors(site, kv_c, k_rotated)
+    inputs = [site.positions, site.cos_sin_cache, site.q_pe, site.k_pe, kv_c]
+    if not {update, k_rotated, site.q_rotated}.isdisjoint(_ancestors(*inputs)):
+        raise _NoMatch("what the rotary embedding reads is computed from its own results")
     _fake(update)
     return site
 
@@ -295,19 +347,54 @@ def _source(
     return None
 
 
-def _check_tensors(site: _Site, kv_c: fx.Node) -> None:
+def _check_tensors(site: _Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
     """The kernel's requirements that a graph can show; the rest is checked at run time."""
     dtype = _fake(site.q_pe).dtype
     if dtype not in _ACTIVATION_DTYPES:
         raise _NoMatch(f"activations of {dtype} are not supported")
-    for name, node in (("q_pe", site.q_pe), ("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
+    for name, node, dtypes in (
+        ("q_pe", site.q_pe, (dtype,)),
+        ("k_pe", site.k_pe, (dtype,)),
+        ("kv_c_normed", kv_c, (dtype,)),
+        ("cos_sin_cache", site.cos_sin_cache, (dtype, torch.float32)),
+        ("positions", site.positions, (torch.int32, torch.int64)),
+    ):
         fake = _fake(node)
-        if fake.dtype != dtype or fake.stride(-1) != 1:
-            raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {dtype} and 1")
-    if _fake(site.cos_sin_cache).dtype not in (dtype, torch.float32):
-        raise _NoMatch(f"cos_sin_cache has dtype {_fake(site.cos_sin_cache).dtype}, needs {dtype} or torch.float32")
+        if fake.dtype not in dtypes or fake.stride(-1) != 1:
+            needed = " or ".join(map(str, dtypes))
+            raise _NoMatch(f"{name} has dtype {fake.dtype} and last stride {fake.stride(-1)}, needs {needed} and 1")
+    for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
+        if rotated is not None and _fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
+            raise _NoMatch(f"the rotated {name} is read as {_fake(rotated).dtype}, the kernel writes {dtype}")
+    _check_shapes(site, k_rotated)
+    _check_memory(site, kv_c)
+
+
+def _check_shapes(site: _Site, k_rotated: fx.Node) -> None:
     if len(_shape(site.q_pe)) != 3 or len(_shape(site.positions)) != 1:
         raise _NoMatch("q_pe must be [num_tokens, num_heads, rot_dim] and positions [num_tokens]")
+    (num_tokens,), rot_dim = _shape(site.positions), _shape(site.q_pe)[-1]
+    for name, node in (("k_pe", site.k_pe), ("the rotated key", k_rotated)):
+        if _shape(node) not in ((num_tokens, 1, rot_dim), (num_tokens, rot_dim)):
+            shape = tuple(_fake(node).shape)
+            raise _NoMatch(f"{name} has shape {shape}, needs [num_tokens, 1, {rot_dim}] or [num_tokens, {rot_dim}]")
+    if _shape(site.cos_sin_cache)[1:] != (rot_dim,):
+        shape = tuple(_fake(site.cos_sin_cache).shape)
+        raise _NoMatch(f"cos_sin_cache has shape {shape}, needs [max_position, {rot_dim}]")
+
+
+def _check_memory(site: _Site, kv_c: fx.Node) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(_shape(site.q_pe), _fake(site.q_pe).stride(), strict=True)):
+        raise _NoMatch("q_pe is expanded: heads or tokens that share memory cannot be rotated in place")
+    # Not even the functional form would do: Inductor makes it an in-place one and looks at the query's readers only.
+    for name, node in (("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
+        if _may_overlap(node, site.q_pe):
+            raise _NoMatch(f"{name} shares memory with q_pe, which is rotated in place")
+
+
+def _is_only_converted(node: fx.Node, dtype: torch.dtype) -> bool:
+    conversions = {*_PRECISION_CHANGES, aten.copy.default}
+    return all(user.target in conversions and _fake(user).dtype == dtype for user in node.users)
 
 
 def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:
@@ -335,6 +422,8 @@ def _match_norm(update: fx.Node, site: _Site, ops: FusionOps) -> _Norm | None:
         if norm is None or not _norm_fits(norm, normed, site):
             return None
     except _NoMatch:
+        return None
+    if normed in _ancestors(site.positions, site.cos_sin_cache, site.q_pe, site.k_pe):
         return None
     # Inductor makes one kernel of this norm and one that reads the same buffer; alone, the other costs as much.
     if not ops.norm_beside_others and _has_other_norm(norm, normed, ops):
@@ -381,7 +470,8 @@ def _norm_fits(norm: _Norm, normed: fx.Node, site: _Site) -> bool:
     x, weight = _fake(norm.kv_c), _fake(norm.weight)
     same_dtype = x.dtype == weight.dtype == _fake(normed).dtype == dtype
     same_shape = _shape(norm.kv_c) == _shape(normed) and _shape(norm.weight) == _shape(normed)[-1:]
-    return same_dtype and same_shape and x.dim() == 2 and x.stride(-1) == 1 and weight.stride(-1) == 1
+    packed = x.dim() == 2 and x.stride(-1) == 1 and weight.stride(-1) == 1
+    return same_dtype and same_shape and packed and not _may_overlap(norm.kv_c, site.q_pe)
 
 
 def _has_other_norm(norm: _Norm, normed: fx.Node, ops: FusionOps) -> bool:
@@ -408,7 +498,8 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
     normed, k_rotated, layer_name, kv_cache_dtype, k_scale = update.args
     assert isinstance(normed, fx.Node)
     assert isinstance(k_rotated, fx.Node)
-    outputs = [_fake(k_rotated).new_empty(_fake(k_rotated).shape)]
+    num_tokens, rot_dim = _fake(k_rotated).shape[0], _fake(k_rotated).shape[-1]
+    outputs = [_fake(k_rotated).new_empty((num_tokens, 1, rot_dim))]
     latent = {"kv_c": normed}
     if norm is not None:
         outputs.append(_fake(normed).new_empty(_fake(normed).shape))
@@ -434,11 +525,11 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
     fused.meta["val"] = tuple(outputs)
     for result, value in zip(results, outputs, strict=True):
         result.meta["val"] = value
-    _allow_input_strides(k_rotated, outputs[0])
-    k_rotated.replace_all_uses_with(results[0])
-    _allow_output_strides(graph, results[0])
-    # The attention op takes the update's empty result only to run after it; the new key orders them as well.
-    update.replace_all_uses_with(_empty_like(graph, update))
+    key = results[0] if len(_shape(k_rotated)) == 3 else _without_heads(graph, results[0], update)
+    _allow_input_strides(k_rotated, _fake(key))
+    k_rotated.replace_all_uses_with(key)
+    _allow_output_strides(graph, key)
+    update.replace_all_uses_with(_empty_part_of(graph, results[0], update))
     if site.q_rotated is not None:
         site.q_rotated.replace_all_uses_with(results[-1])
     graph.erase_node(update)
@@ -446,11 +537,20 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: _Site, norm: _Norm | None, 
         normed.replace_all_uses_with(results[1])
 
 
-def _empty_like(graph: fx.Graph, update: fx.Node) -> fx.Node:
-    value = _fake(update)
+def _without_heads(graph: fx.Graph, k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
+    """The kernel's [num_tokens, 1, rot_dim] as [num_tokens, rot_dim]."""
     with graph.inserting_before(update):
-        empty = graph.call_function(aten.empty.memory_format, ([0],), {"dtype": value.dtype, "device": value.device})
-    empty.meta["val"] = value
+        key = graph.call_function(aten.squeeze.dim, (k_pe_out, 1))
+    key.meta["val"] = _fake(k_pe_out).squeeze(1)
+    return key
+
+
+def _empty_part_of(graph: fx.Graph, k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
+    """What the attention op takes in the place of the update's empty result, only to run after it: a view, which costs
+    nothing and keeps the fused call alive where nobody else reads its results."""
+    with graph.inserting_before(update):
+        empty = graph.call_function(aten.as_strided.default, (k_pe_out, [0], [1], 0))
+    empty.meta["val"] = _fake(update)
     return empty
 
 
@@ -472,9 +572,11 @@ def _allow_output_strides(graph: fx.Graph, k_pe_out: fx.Node) -> None:
     outputs = output.args[0]
     if strides is None or not isinstance(outputs, (list, tuple)):
         return
+    strides = list(strides)
     for index, node in enumerate(outputs):
         if node is k_pe_out:
             strides[index] = _fake(k_pe_out).stride()
+    output.meta["original_output_strides"] = strides
 
 
 def _drop_self_scatters(graph: fx.Graph) -> None:
@@ -493,10 +595,8 @@ def _in_place_replacements(
     """Pairs (node, what its users read once the query is rotated in place), readers first; None: not possible."""
     q_pe = fused.kwargs["q_pe"]
     assert isinstance(q_pe, fx.Node)
-    storage = _storage(q_pe)
-    if storage is None:
-        return None
-    aliases = [node for node in graph.nodes if _storage(node) == storage]
+    memory = _memory(q_pe)
+    aliases = {node for node in graph.nodes if not memory.isdisjoint(_memory(node))}
     if any(node.op != "call_function" for node in aliases):
         return None
 
@@ -507,8 +607,7 @@ def _in_place_replacements(
     replaced = {node for node, _ in replacements}
     for alias in aliases:
         for reader in alias.users:
-            is_view = _storage(reader) == storage
-            if not is_view and reader is not fused and reader not in replaced and order[reader] > order[fused]:
+            if reader not in aliases and reader is not fused and reader not in replaced and order[reader] > order[fused]:
                 return None
     return replacements
 
@@ -608,6 +707,39 @@ def _is_in_storage_of(first: Any, second: Any) -> bool:
     return _storage(first) is not None and _storage(first) == _storage(second)
 
 
+def _memory(node: fx.Node) -> set[int]:
+    """The storages that a node may lie in: its own and those of what it is a view of, as a pass may have put in a view
+    whose value in the metadata has a storage of its own."""
+    found = set()
+    while True:
+        storage = _storage(node)
+        found |= {storage} if storage is not None else set()
+        source = node.args[0] if node.target in _VIEWS else None
+        if not isinstance(source, fx.Node) or (node.target is operator.getitem and source.target not in _VIEWS):
+            return found
+        node = source
+
+
+def _may_overlap(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two nodes share memory; slices side by side in a row, as of a fused projection, do not."""
+    if _memory(first).isdisjoint(_memory(second)):
+        return False
+    a, b = _fake(first), _fake(second)
+    if not _is_in_storage_of(first, second) or a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
+        return True
+    return not _elements(first).isdisjoint(_elements(second))
+
+
+def _elements(node: fx.Node) -> set[int]:
+    """Where in their storage the elements of a node's first rows are."""
+    value = _fake(node)
+    places = {_probe_size(value.storage_offset())}
+    for dim, (size, stride) in enumerate(zip(_shape(node), value.stride(), strict=True)):
+        steps = range(min(size, _PROBE_TOKENS) if dim == 0 else size)
+        places = {place + step * _probe_size(stride) for place in places for step in steps}
+    return places
+
+
 def _writes_to(scatter: fx.Node, view: Any) -> bool:
     """Whether a slice_scatter writes where `view` is; both in one storage."""
     try:
@@ -677,8 +809,8 @@ def _closure(start: list[fx.Node], step: Callable[[fx.Node], Any]) -> set[fx.Nod
     return seen
 
 
-def _ancestors(node: fx.Node | None) -> set[fx.Node]:
-    return _closure([node] if node is not None else [], lambda current: current.all_input_nodes)
+def _ancestors(*nodes: fx.Node) -> set[fx.Node]:
+    return _closure(list(nodes), lambda node: node.all_input_nodes)
 
 
 def _downstream(gather: fx.Node) -> list[fx.Node]:
@@ -739,6 +871,9 @@ class _Probe:
         return self._values[node]
 
     def _evaluate(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype not in _EVALUABLE_DTYPES:
+            raise TypeError(f"{node} has dtype {value.dtype}, which rounds too much to be passed over")
         rotary = _rotary_op(node, self._ops)
         if rotary is not None:
             is_neox = bool(node.kwargs[rotary.is_neox])
