@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import build
+from vllm_mla_fusion import activation, build
 
 NAMESPACE = "mla_fusion"
 
@@ -65,9 +65,7 @@ def load() -> build.Target:
 
 
 def _say(message: str) -> None:
-    from vllm_mla_fusion import compat
-
-    compat.logger.info("MLA fusion: %s", message)
+    activation.logger.info("MLA fusion: %s", message)
 
 
 @functools.cache

@@ -101,20 +101,20 @@ def _log(vllm_config: Any, layers: dict[str, Any], judgement: _Judgement) -> Non
     not_compiled = compat.not_compiled_reason(vllm_config)
     if len(judgement.patternless) == len(layers):
         why = _summary(judgement.patternless) or "the model has no MLA layers"
-        compat.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
+        activation.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
         return
     if not_compiled is not None:
-        compat.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
+        activation.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
         return
     fused = [layer for name, layer in layers.items() if name not in judgement.problems | judgement.patternless]
-    level = compat.logger.info if fused else compat.logger.warning
+    level = activation.logger.info if fused else activation.logger.warning
     with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
     norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
     level("MLA fusion %s (%s): %d of %d MLA layers fused%s.", __version__, _backend(), len(fused), len(layers), norm)
     if judgement.patternless:
-        compat.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
+        activation.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
     if judgement.problems:
-        compat.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(judgement.problems))
+        activation.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(judgement.problems))
 
 
 def _backend() -> str:
