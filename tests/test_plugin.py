@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry point and the hooks: on a vLLM or torch that is not as expected, MLA_FUSION=1 leaves vLLM stock and says so.
+"""The entry point and the hooks: on a vLLM or torch that is not as expected, MLA_FUSION=1 leaves vLLM stock.
 
 vLLM is made of stand-ins here; the real releases are in tests/versions and test_engine.py.
 """
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from torch import fx
 
-from vllm_mla_fusion import activation, compat, identity, kernel, ops, plugin, report
+import vllm_mla_fusion
+from vllm_mla_fusion import activation, compat, identity, kernel, ops, plugin, report, target
 
 UPDATE = compat.UPDATE_OP
 
@@ -95,6 +95,15 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         def is_cuda_alike(self) -> bool:
             return True
 
+    def functions() -> dict[str, object]:
+        return {
+            "config": VllmConfig.__post_init__,
+            "worker": WorkerWrapperBase.init_device,
+            "warm-up": getattr(WorkerWrapperBase, "compile_or_warm_up_model", None),
+            "pass manager": Platform.get_pass_manager_cls.__func__,
+        }
+
+    stock = functions()
     environment: dict = {}
     module(monkeypatch, "stand_in", Manager=Manager)
     module(monkeypatch, "vllm.config", VllmConfig=VllmConfig)
@@ -107,6 +116,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(ops, "register", lambda: None)
     monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
     monkeypatch.setattr(kernel, "failure", lambda: None)
+    monkeypatch.setattr(target, "lacks_gpu", lambda: False)
     monkeypatch.setattr(report, "_left_alone", report.Counter())
     monkeypatch.setenv("MLA_FUSION", "1")
     compat._pass_manager_class.cache_clear()
@@ -115,16 +125,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         Wrapper=WorkerWrapperBase,
         Platform=Platform,
         environment=environment,
-        patched=lambda: [
-            name
-            for name, function in {
-                "config": VllmConfig.__post_init__,
-                "worker": WorkerWrapperBase.init_device,
-                "warm-up": getattr(WorkerWrapperBase, "compile_or_warm_up_model", None),
-                "pass manager": Platform.get_pass_manager_cls,
-            }.items()
-            if function is not None and function.__module__ == compat.__name__
-        ],
+        patched=lambda: [name for name, function in functions().items() if function is not stock[name]],
     )
 
 
@@ -191,6 +192,50 @@ def test_hook_that_cannot_be_installed(hook: str, vllm, warnings, monkeypatch: p
     assert UPDATE in vllm.Config().compilation_config.splitting_ops
     assert len(warnings) == 1
     assert "gone" in warnings[0]
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "0"])
+def test_off_hooks_nothing(value: str | None, vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLA_FUSION")
+    if value is not None:
+        monkeypatch.setenv("MLA_FUSION", value)
+    monkeypatch.setenv("MLA_FUSION_NORM", "on")
+    plugin.register()
+    assert not vllm.patched()
+    assert not vllm.environment
+    monkeypatch.setenv("MLA_FUSION", "1")
+    monkeypatch.setenv("MLA_FUSION_NORM", "auto")
+    plugin.register()
+    assert vllm.patched() == ["config", "worker", "warm-up", "pass manager"]
+
+
+def test_unknown_mode(vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLA_FUSION", "yes")
+    with pytest.raises(ValueError, match="MLA_FUSION must be 0 or unset"):
+        plugin.register()
+
+
+UNSUPPORTED = {
+    "release": ("support_status", (False, "vLLM 0.19 is too old")),
+    "probe": ("failed_probe", "InductorPass in vllm"),
+    "platform": ("platform_problem", "platform 'tpu' is not supported"),
+}
+
+
+@pytest.mark.parametrize("what", list(UNSUPPORTED))
+def test_unsupported_vllm(what: str, vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, answer = UNSUPPORTED[what]
+    problem = answer[1] if isinstance(answer, tuple) else answer
+    monkeypatch.setattr(compat, function, lambda: answer)
+    plugin.register()
+    plugin.register()
+    assert not vllm.patched()
+    assert len(warnings) == 1
+    assert problem in warnings[0]
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    with pytest.raises(plugin.UnsupportedError, match="MLA_FUSION=strict, but ") as raised:
+        plugin.register()
+    assert problem in str(raised.value)
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
@@ -269,3 +314,135 @@ def test_probe_of_what_workers_import(name: str, monkeypatch: pytest.MonkeyPatch
         source.write_text("\n".join(each for each in names if each != name) + f"\n{name}_of_another_kind")
     module(monkeypatch, "vllm", __path__=[str(package)])
     assert compat._missing_in_workers().split()[0] == name
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+def splitting_ops(config) -> list[str]:
+    return config.compilation_config.splitting_ops
+
+
+def test_update_enters_the_graphs(vllm, warnings) -> None:
+    plugin.register()
+    assert splitting_ops(vllm.Config()) == ["vllm::attention"]
+    assert not warnings
+
+
+def assert_stays_stock(vllm, warnings, monkeypatch: pytest.MonkeyPatch, problem: str, **options) -> None:
+    """Two engines: both stock, one WARNING; strict raises."""
+    plugin.register()
+    for _ in range(2):
+        assert UPDATE in splitting_ops(vllm.Config(**options))
+    assert len(warnings) == 1
+    assert problem in warnings[0]
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    with pytest.raises(plugin.UnsupportedError, match="MLA_FUSION=strict, but ") as raised:
+        vllm.Config(**options)
+    assert problem in str(raised.value)
+
+
+def test_explicit_splitting_ops_are_respected(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    explicit = {"splitting_ops": ["vllm::attention", UPDATE]}
+    assert_stays_stock(vllm, warnings, monkeypatch, "splitting_ops were set explicitly", **explicit)
+
+
+def test_prefill_context_parallelism_is_left_alone(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = SimpleNamespace(prefill_context_parallel_size=2)
+    assert_stays_stock(vllm, warnings, monkeypatch, "prefill context parallelism", parallel_config=parallel)
+    assert not identity._kernel_expected.is_set()
+
+
+def test_hisparse_is_left_alone(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = SimpleNamespace(hisparse_config=object())
+    assert_stays_stock(vllm, warnings, monkeypatch, "HiSparse", attention_config=attention)
+    assert not identity._kernel_expected.is_set()
+
+
+def test_failed_build(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "failure", lambda: "There is no compiler.")
+    assert_stays_stock(vllm, warnings, monkeypatch, "There is no compiler.")
+
+
+def test_driver_without_gpu_leaves_the_build_to_its_workers(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray head, or a process that CUDA_VISIBLE_DEVICES hides all GPUs from."""
+    monkeypatch.setattr(target, "lacks_gpu", lambda: True)
+    monkeypatch.setattr(kernel, "failure", lambda: pytest.fail("a kernel for no GPU is built"))
+    plugin.register()
+    config = vllm.Config()
+    assert splitting_ops(config) == ["vllm::attention"]
+    assert "no-kernel-expected" in vllm.environment["VLLM_MLA_FUSION"]()
+    wrapper = vllm.Wrapper()
+    wrapper.vllm_config = config
+    wrapper.init_device()
+    assert identity._kernel_expected.is_set()
+    assert not warnings
+
+
+def test_compiled_by_plain_inductor(vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass goes where this compilation has one, whatever the platform: Inductor's hook or vLLM's pass manager."""
+    monkeypatch.setattr(vllm.Platform, "is_cpu", lambda self: True)
+    monkeypatch.setattr(vllm.Platform, "is_cuda_alike", lambda self: False)
+    plugin.register()
+    hook = compat._POST_GRAD_HOOK
+    assert hook not in vllm.Config().compilation_config.inductor_compile_config
+    plain = vllm.Config().compilation_config
+    plain.mode = SimpleNamespace(name="DYNAMO_TRACE_ONCE")
+    compat.keep_update_in_graph(SimpleNamespace(compilation_config=plain), True)
+    assert isinstance(plain.inductor_compile_config[hook], compat.InductorHook)
+
+
+# --- the compile cache's key ------------------------------------------------------------------------------------------
+
+
+class UsersPass:
+    def __init__(self, key: str | None) -> None:
+        self.uuid = lambda: key
+
+
+def test_users_pass_in_inductors_hook() -> None:
+    """A pass without an id forbids caching, and so does the hook around it."""
+    assert compat.InductorHook(lambda graph: None).uuid() is None
+    assert compat.InductorHook(UsersPass(None)).uuid() is None
+    keys = {compat.InductorHook(each).uuid() for each in (None, UsersPass("a"), UsersPass("b"))}
+    assert len(keys) == 3
+    assert None not in keys
+
+
+def test_library_that_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong with it, there is a key, and an answer instead of an exception."""
+
+    def load() -> None:
+        raise RuntimeError("registered twice")
+
+    monkeypatch.setattr(kernel, "load", load)
+    kernel.failure.cache_clear()
+    try:
+        assert kernel.failure() == kernel.failure_in_short() == "RuntimeError: registered twice"
+        monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
+        identity.expect_kernel()
+        assert identity.compile_cache_key().startswith("unavailable:")
+    finally:
+        kernel.failure.cache_clear()
+
+
+def test_version_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
+    before = identity.compile_cache_key()
+    assert identity.compile_cache_key() == before
+    monkeypatch.setattr(vllm_mla_fusion, "__version__", "9.9.9")
+    assert identity.compile_cache_key() != before
+
+
+def test_rank_among_the_engines_workers(vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executors of one worker each call all of them 0."""
+    ranks = []
+    monkeypatch.setattr(report, "after_warm_up", lambda config, worker, rank: ranks.append(rank))
+    plugin.register()
+    for worker in (SimpleNamespace(rank=3), SimpleNamespace()):
+        wrapper = vllm.Wrapper()
+        wrapper.vllm_config = vllm.Config()
+        wrapper.worker = worker
+        worker.compile_or_warm_up_model = lambda: "times"
+        assert wrapper.compile_or_warm_up_model() == "times"
+    assert ranks == [3, 0]

@@ -54,7 +54,7 @@ _DS_MLA_ROW_BYTES = 656
 
 PrepareConfig = Callable[[Any, bool], None]
 BeforeDevice = Callable[[Any], None]
-AfterWarmUp = Callable[[Any, Any, bool], None]
+AfterWarmUp = Callable[[Any, Any, int], None]
 
 
 # --- which vLLM -------------------------------------------------------------------------------------------------------
@@ -138,11 +138,16 @@ def _missing_in_workers() -> str | None:
 def platform_problem() -> str | None:
     """Why the plugin has no kernel for vLLM's platform; None if it has."""
     platform = _platform()
-    if platform.is_cuda_alike() or platform.is_cpu():
+    if is_gpu_platform() or platform.is_cpu():
         return None
     if not platform.device_type:
         return "vLLM finds no GPU on this machine; look at nvidia-smi or rocminfo, and at CUDA_VISIBLE_DEVICES"
     return f"platform {platform.device_name or platform.device_type!r} is neither CUDA, ROCm nor CPU"
+
+
+def is_gpu_platform() -> bool:
+    """Whether vLLM's workers run on GPUs that the plugin has a kernel for, here or on other machines."""
+    return bool(_platform().is_cuda_alike())
 
 
 def _platform() -> Any:
@@ -158,8 +163,8 @@ def install_hooks(prepare_config: PrepareConfig, before_device: BeforeDevice, af
     Args:
         prepare_config: called with each finished VllmConfig and whether its splitting ops were vLLM's default.
         before_device: called in each worker with its VllmConfig, before it has a device or a model.
-        after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and whether
-            it is the first of its engine.
+        after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and its rank
+            among the engine's workers.
     """
     environment = importlib.import_module("vllm.envs").environment_variables
     # vLLM's compile caches are keyed by all of these; the passes are not part of the key.
@@ -205,7 +210,8 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
         call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
         result = call(*args, **kwargs)
         with activation.warn_unless_strict("the number of fused layers could not be told"):
-            after_warm_up(self.vllm_config, self.worker, self.rpc_rank == 0)
+            # Executors of one worker each (external launcher) number all of them 0; the worker knows its rank.
+            after_warm_up(self.vllm_config, self.worker, getattr(self.worker, "rank", self.rpc_rank))
         return result
 
     setattr(init_device, _PATCHED, True)
@@ -372,9 +378,12 @@ class InductorHook(CustomGraphPass):
         fuse(graph)
         defunctionalise(graph)
 
-    def uuid(self) -> str:
-        users = self._users_pass.uuid() if self._users_pass is not None else ""
-        return f"{identity.compile_cache_key()}:{users}"
+    def uuid(self) -> str | None:
+        """None, which keeps Inductor from caching the graph, if the user's pass has no id."""
+        if self._users_pass is None:
+            return identity.compile_cache_key()
+        users = getattr(self._users_pass, "uuid", lambda: None)()
+        return None if users is None else f"{identity.compile_cache_key()}:{users}"
 
 
 def __getattr__(name: str) -> Any:

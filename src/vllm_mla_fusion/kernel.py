@@ -75,7 +75,16 @@ def failure() -> str | None:
         load()
     except (build.BuildError, OSError) as error:
         return str(error)
+    except Exception as error:
+        # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.
+        return f"{type(error).__name__}: {error}"
     return None
+
+
+def failure_in_short() -> str | None:
+    """The first line of `failure`, for logs that have told the rest."""
+    reason = failure()
+    return reason and reason.splitlines()[0].removesuffix(" The compiler says:")
 
 
 @functools.cache

@@ -74,20 +74,23 @@ def _before_device(vllm_config: Any) -> None:
         identity.expect_kernel()
 
 
-def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
+def _after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
     from vllm_mla_fusion import report
 
-    report.after_warm_up(vllm_config, worker, is_first_worker)
+    report.after_warm_up(vllm_config, worker, rank)
 
 
 def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
-    from vllm_mla_fusion import compat, identity, kernel
+    from vllm_mla_fusion import compat, identity, kernel, target
 
     if not compat.has_mla_graphs(vllm_config):
         return None
     problem = compat.config_problem(vllm_config)
     if problem is not None:
         return problem
+    if compat.is_gpu_platform() and target.lacks_gpu():
+        # Only drives workers: they build for the GPUs that they see, or run the update inside their graphs as it is.
+        return compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
     identity.expect_kernel()
     return kernel.failure() or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
 
