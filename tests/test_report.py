@@ -78,7 +78,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     compat.logger.setLevel(level)
 
 
-def warm_up(*parts: nn.Module, fused: tuple[int, ...] = (), mode: str = "VLLM_COMPILE", is_first: bool = True) -> None:
+def warm_up(*parts: nn.Module, fused: tuple[int, ...] = (), mode: str = "VLLM_COMPILE", rank: int = 0) -> None:
     layers = {
         f"layers.{index}": module
         for index, part in enumerate(parts)
@@ -88,14 +88,14 @@ def warm_up(*parts: nn.Module, fused: tuple[int, ...] = (), mode: str = "VLLM_CO
     for index in fused:
         report.saw_layer(layers[f"layers.{index}"], None, with_norm=False)
     compilation = SimpleNamespace(mode=SimpleNamespace(name=mode), backend="inductor", static_forward_context=layers)
-    config = SimpleNamespace(compilation_config=compilation, parallel_config=SimpleNamespace())
-    report.after_warm_up(config, SimpleNamespace(get_model=lambda: nn.Sequential(*parts)), is_first)
+    config = SimpleNamespace(compilation_config=compilation, parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    report.after_warm_up(config, SimpleNamespace(get_model=lambda: nn.Sequential(*parts)), rank)
 
 
 def test_model_without_mla(lines: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLA_FUSION", "strict")
-    warm_up(nn.Linear(1, 1), is_first=True)
-    warm_up(nn.Linear(1, 1), is_first=False)
+    warm_up(nn.Linear(1, 1), rank=0)
+    warm_up(nn.Linear(1, 1), rank=1)
     assert [level for level, _ in lines] == [logging.DEBUG]
     assert "no MLA layers" in lines[0][1]
 
@@ -122,17 +122,51 @@ def test_strict_wants_every_mla_layer_fused(part, lines: list, monkeypatch: pyte
 def test_pattern_that_was_left_alone(part, lines: list) -> None:
     report.left_alone(["the reason"])
     warm_up(part(), part())
-    assert [level for level, _ in lines] == [logging.WARNING, logging.WARNING]
+    assert [level for level, _ in lines] == [logging.WARNING]
     assert "0 of 2 MLA layers fused" in lines[0][1]
-    assert "the reason" in lines[1][1]
+    assert "the reason" in lines[0][1]
+
+
+def test_some_layers_left_alone(lines: list) -> None:
+    report.left_alone(["the reason"])
+    warm_up(with_rope(), with_rope(), fused=(0,))
+    assert [level for level, _ in lines] == [logging.INFO, logging.WARNING]
+    assert "1 of 2 MLA layers fused" in lines[0][1]
+    assert "layers.1: the reason" in lines[1][1]
+
+
+def test_kernel_that_is_not_available(lines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reason in one line, instead of guesses at the graphs; what the compiler said has been logged before."""
+    monkeypatch.setattr(kernel, "failure", lambda: "It does not compile. The compiler says:\n  error\nWhat to do: ...")
+    report.left_alone(["the pass's words"])
+    warm_up(with_rope())
+    assert [level for level, _ in lines] == [logging.WARNING]
+    assert lines[0][1].endswith("layers.0: the kernel is not available: It does not compile.")
+
+
+def test_config_problem_builds_no_kernel(lines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "failure", lambda: pytest.fail("nobody needs the kernel"))
+    monkeypatch.setattr(compat, "config_problem", lambda config: "the configuration")
+    warm_up(with_rope())
+    assert lines[0][1].endswith("layers.0: the configuration")
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0), (2, 1), (3, 0)])
+def test_each_pipeline_stage_names_its_layers(rank: int, count: int, lines: list) -> None:
+    """Two stages of two tensor-parallel ranks."""
+    warm_up(with_rope(), rank=rank)
+    assert len(lines) == count
+    lines.clear()
+    warm_up(with_rope(), fused=(0,), rank=rank)
+    assert len(lines) == (rank == 0)
 
 
 def test_rope_of_vllm_that_the_pass_does_not_know(lines: list) -> None:
     """vLLM's own wrapper has RoPE: an op that a later release puts there must not be passed over in silence."""
     report.left_alone([], without_rope=1)
     warm_up(with_rope())
-    assert [level for level, _ in lines] == [logging.WARNING, logging.WARNING]
-    assert report.NO_ROPE in lines[1][1]
+    assert [level for level, _ in lines] == [logging.WARNING]
+    assert report.NO_ROPE in lines[0][1]
 
 
 def test_some_layers_without_rope(lines: list) -> None:
@@ -155,4 +189,4 @@ def test_engines_of_one_process_do_not_mix(lines: list) -> None:
     warm_up(with_rope())
     assert "1 of 1" in lines[0][1]
     assert "0 of 1" in lines[1][1]
-    assert "of the first" not in lines[2][1]
+    assert "of the first" not in lines[1][1]

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the environment variable MLA_FUSION asks for."""
 
+import contextlib
 import enum
+import logging
 import os
+from collections.abc import Iterator
 from typing import TypeVar
 
 Choice = TypeVar("Choice", bound=enum.Enum)
 
 VARIABLE = "MLA_FUSION"
 NORM_VARIABLE = "MLA_FUSION_NORM"
+
+# Loggers outside the vllm namespace lose their INFO lines at vLLM's default level.
+logger = logging.getLogger("vllm.mla_fusion")
 
 
 class Mode(enum.Enum):
@@ -26,6 +32,17 @@ def mode() -> Mode:
         ValueError: MLA_FUSION has another value than the accepted ones.
     """
     return _read(VARIABLE, Mode.OFF, "0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not)")
+
+
+@contextlib.contextmanager
+def warn_unless_strict(problem: str) -> Iterator[None]:
+    """For the body of a hook: only strict mode lets an exception into vLLM, otherwise a WARNING names the problem."""
+    try:
+        yield
+    except Exception:
+        if mode() is Mode.STRICT:
+            raise
+        logger.warning("MLA fusion: %s.", problem, exc_info=True)
 
 
 class Norm(enum.Enum):

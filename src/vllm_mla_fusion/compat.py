@@ -17,9 +17,10 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,15 +28,23 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, fusion_pass, identity
-
-# Loggers outside the vllm namespace lose their INFO lines at vLLM's default level.
-logger = logging.getLogger("vllm.mla_fusion")
+from vllm_mla_fusion.activation import logger
 
 OLDEST = (0, 20)
 NEWEST_TESTED = (0, 33)
 UPDATE_OP = "vllm::unified_mla_kv_cache_update"
 
 _MLA_ATTENTION = "vllm.model_executor.layers.attention.mla_attention"
+_ATTENTION = "vllm.model_executor.layers.attention.attention"
+_MLA_WRAPPER = "vllm.model_executor.layers.mla"
+_INDUCTOR_PASS = "vllm.compilation.passes.inductor_pass"
+_WORKERS_NAMES = {
+    _MLA_ATTENTION: ("MLAAttention", "unified_mla_kv_cache_update"),
+    _ATTENTION: ("get_attention_context",),
+    _MLA_WRAPPER: ("MultiHeadLatentAttentionWrapper",),
+    _INDUCTOR_PASS: ("InductorPass",),
+    "vllm.compilation.passes.pass_manager": ("def configure", "self.passes", "self.fix_functionalization"),
+}
 _POST_GRAD_HOOK = "post_grad_custom_post_pass"
 _ENVIRONMENT_FACTOR = "VLLM_MLA_FUSION"
 _PATCHED = "_mla_fusion_patched"
@@ -45,7 +54,7 @@ _DS_MLA_ROW_BYTES = 656
 
 PrepareConfig = Callable[[Any, bool], None]
 BeforeDevice = Callable[[Any], None]
-AfterWarmUp = Callable[[Any, Any, bool], None]
+AfterWarmUp = Callable[[Any, Any, int], None]
 
 
 # --- which vLLM -------------------------------------------------------------------------------------------------------
@@ -108,6 +117,18 @@ def failed_probe() -> str | None:
         for attribute in attributes:
             if not hasattr(found, attribute):
                 return f"{module}.{name}.{attribute}"
+    return _missing_in_workers()
+
+
+def _missing_in_workers() -> str | None:
+    """Looked up in the source text: these modules are heavy, and only workers import them."""
+    package = Path(importlib.import_module("vllm").__path__[0])
+    for module, names in _WORKERS_NAMES.items():
+        source = package.parent.joinpath(*module.split(".")).with_suffix(".py")
+        text = source.read_text(encoding="utf-8") if source.exists() else ""
+        for name in names:
+            if not re.search(rf"\b{re.escape(name)}\b", text):
+                return f"{name} in {module}"
     return None
 
 
@@ -117,11 +138,16 @@ def failed_probe() -> str | None:
 def platform_problem() -> str | None:
     """Why the plugin has no kernel for vLLM's platform; None if it has."""
     platform = _platform()
-    if platform.is_cuda_alike() or platform.is_cpu():
+    if is_gpu_platform() or platform.is_cpu():
         return None
     if not platform.device_type:
         return "vLLM finds no GPU on this machine; look at nvidia-smi or rocminfo, and at CUDA_VISIBLE_DEVICES"
     return f"platform {platform.device_name or platform.device_type!r} is neither CUDA, ROCm nor CPU"
+
+
+def is_gpu_platform() -> bool:
+    """Whether vLLM's workers run on GPUs that the plugin has a kernel for, here or on other machines."""
+    return bool(_platform().is_cuda_alike())
 
 
 def _platform() -> Any:
@@ -137,15 +163,16 @@ def install_hooks(prepare_config: PrepareConfig, before_device: BeforeDevice, af
     Args:
         prepare_config: called with each finished VllmConfig and whether its splitting ops were vLLM's default.
         before_device: called in each worker with its VllmConfig, before it has a device or a model.
-        after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and whether
-            it is the first of its engine.
+        after_warm_up: called after compilation and warm-up of each worker with its VllmConfig, the worker, and its rank
+            among the engine's workers.
     """
-    _hook_config(prepare_config)
-    _hook_worker(before_device, after_warm_up)
-    _hook_pass_manager()
     environment = importlib.import_module("vllm.envs").environment_variables
     # vLLM's compile caches are keyed by all of these; the passes are not part of the key.
     environment[_ENVIRONMENT_FACTOR] = identity.compile_cache_key
+    _hook_pass_manager()
+    _hook_worker(before_device, after_warm_up)
+    # Last: it changes the graphs, which nothing may do if one of the others fails.
+    _hook_config(prepare_config)
 
 
 def _hook_config(prepare_config: PrepareConfig) -> None:
@@ -155,9 +182,9 @@ def _hook_config(prepare_config: PrepareConfig) -> None:
         return
 
     @functools.wraps(original)
-    def post_init(self: Any) -> None:
-        is_default = self.compilation_config.splitting_ops is None
-        original(self)
+    def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        is_default = getattr(getattr(self, "compilation_config", None), "splitting_ops", ()) is None
+        original(self, *args, **kwargs)
         prepare_config(self, is_default)
 
     setattr(post_init, _PATCHED, True)
@@ -172,16 +199,19 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
     stock_warm_up = getattr(wrapper_class, "compile_or_warm_up_model", None)
 
     @functools.wraps(stock_init_device)
-    def init_device(self: Any) -> None:
-        before_device(self.vllm_config)
-        stock_init_device(self)
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with activation.warn_unless_strict("this worker's configuration could not be read"):
+            before_device(self.vllm_config)
+        return stock_init_device(self, *args, **kwargs)
 
     # Executors call this method through the wrapper, whose __getattr__ would hand it to the worker.
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _try_stock_writers(self.vllm_config)
+        _try_stock_writers(self)
         call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
         result = call(*args, **kwargs)
-        after_warm_up(self.vllm_config, self.worker, self.rpc_rank == 0)
+        with activation.warn_unless_strict("the number of fused layers could not be told"):
+            # Executors of one worker each (external launcher) number all of them 0; the worker knows its rank.
+            after_warm_up(self.vllm_config, self.worker, getattr(self.worker, "rank", self.rpc_rank))
         return result
 
     setattr(init_device, _PATCHED, True)
@@ -219,7 +249,7 @@ def is_mla_model(vllm_config: Any) -> bool:
 def not_compiled_reason(vllm_config: Any) -> str | None:
     """Why vLLM runs this configuration without post-grad passes; None if it has them."""
     config = vllm_config.compilation_config
-    mode = getattr(config.mode, "name", str(config.mode))
+    mode = _mode(config)
     if mode == "NONE":
         return "vLLM does not compile this model (enforce_eager, -O0, or a model that it never compiles)"
     if config.backend not in ("", "inductor"):
@@ -227,6 +257,10 @@ def not_compiled_reason(vllm_config: Any) -> str | None:
     if mode != "VLLM_COMPILE" and not _platform().is_cpu():
         return f"compilation mode {mode} has no vLLM pass manager"
     return None
+
+
+def _mode(compilation_config: Any) -> str:
+    return getattr(compilation_config.mode, "name", str(compilation_config.mode))
 
 
 def has_mla_graphs(vllm_config: Any) -> bool:
@@ -246,10 +280,10 @@ def config_problem(vllm_config: Any) -> str | None:
 def keep_update_in_graph(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
     """Lets the fusion see the cache update: returns None, or why it must stay outside the compiled graphs.
 
-    On the CPU, where vLLM has no pass manager, the pass goes into Inductor's own hook.
+    Where vLLM compiles with plain Inductor (on the CPU), the pass goes into Inductor's own hook.
     """
     config = vllm_config.compilation_config
-    if _platform().is_cpu():
+    if _mode(config) != "VLLM_COMPILE":
         _hook_inductor(config)
         return None
     splitting_ops = config.splitting_ops or []
@@ -344,21 +378,37 @@ class InductorHook(CustomGraphPass):
         fuse(graph)
         defunctionalise(graph)
 
-    def uuid(self) -> str:
-        users = self._users_pass.uuid() if self._users_pass is not None else ""
-        return f"{identity.compile_cache_key()}:{users}"
+    def uuid(self) -> str | None:
+        """None, which keeps Inductor from caching the graph, if the user's pass has no id."""
+        if self._users_pass is None:
+            return identity.compile_cache_key()
+        users = getattr(self._users_pass, "uuid", lambda: None)()
+        return None if users is None else f"{identity.compile_cache_key()}:{users}"
 
 
 def __getattr__(name: str) -> Any:
     # Made on demand: vLLM's pass manager is heavy to import and only workers that compile need it.
     if name == "FusionPassManager":
-        return _pass_manager_class()
+        try:
+            return _pass_manager_class()
+        except Exception as error:
+            _leave_pass_manager_alone(error)
+            return _stock_pass_manager()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _leave_pass_manager_alone(error: Exception) -> None:
+    from vllm_mla_fusion import report
+
+    problem = f"the plugin does not know this vLLM's pass manager ({error!r})"
+    if activation.mode() is activation.Mode.STRICT:
+        raise RuntimeError(f"MLA_FUSION=strict, but {problem}. Set MLA_FUSION=1 or 0 to run stock vLLM.") from error
+    report.left_alone([problem])
 
 
 @functools.cache
 def _pass_manager_class() -> type:
-    inductor_pass = importlib.import_module("vllm.compilation.passes.inductor_pass").InductorPass
+    inductor_pass = importlib.import_module(_INDUCTOR_PASS).InductorPass
 
     class FusionPass(inductor_pass):  # type: ignore[misc, valid-type]
         def __call__(self, graph: fx.Graph) -> None:
@@ -385,9 +435,12 @@ def _pass_manager_class() -> type:
 
         def configure(self, config: Any) -> None:
             super().configure(config)
-            self.passes.insert(_position(self.passes), FusionPass())
-            last = getattr(self, "fix_functionalization")  # noqa: B009
-            self.fix_functionalization = ThenDefunctionalise(last)
+            try:
+                last = ThenDefunctionalise(self.fix_functionalization)
+                self.passes.insert(_position(self.passes), FusionPass())
+                self.fix_functionalization = last
+            except Exception as error:
+                _leave_pass_manager_alone(error)
 
     return FusionPassManager
 
@@ -417,7 +470,7 @@ def layer_name_schema_type() -> str:
 @functools.cache
 def _runtime() -> tuple[Callable[[Any], str], Callable[[str], tuple[Any, Any, Any, Any]], Any]:
     resolve = importlib.import_module("vllm.utils.torch_utils")._resolve_layer_name
-    context = importlib.import_module("vllm.model_executor.layers.attention.attention").get_attention_context
+    context = importlib.import_module(_ATTENTION).get_attention_context
     return resolve, context, importlib.import_module(_MLA_ATTENTION)
 
 
@@ -452,7 +505,7 @@ class OwnCode:
 def layers_with_own_code(vllm_config: Any, worker: Any) -> dict[str, OwnCode]:
     """The MLA layers of the worker's model (not of its draft model) that are not used as vLLM's own wrapper uses them
     with a rotary embedding, by name."""
-    wrapper = importlib.import_module("vllm.model_executor.layers.mla").MultiHeadLatentAttentionWrapper
+    wrapper = importlib.import_module(_MLA_WRAPPER).MultiHeadLatentAttentionWrapper
     parents = {child: module for module in worker.get_model().modules() for child in module.children()}
     found = {}
     for name, layer in mla_layers(vllm_config).items():
@@ -563,10 +616,10 @@ def _ds_mla_writer_agrees(device: torch.device) -> bool:
     return torch.equal(ours, theirs)
 
 
-def _try_stock_writers(vllm_config: Any) -> None:
+def _try_stock_writers(wrapper: Any) -> None:
     """Finds out before CUDA graphs are captured what the op will ask; else it leaves the cache to vLLM's writer."""
     try:
-        dtypes = {layer.kv_cache_dtype for layer in mla_layers(vllm_config).values()}
+        dtypes = {layer.kv_cache_dtype for layer in mla_layers(wrapper.vllm_config).values()}
         if _DS_MLA in dtypes and _platform().is_cuda():
             _ds_mla_writer_agrees(torch.device("cuda", torch.cuda.current_device()))
     except Exception:

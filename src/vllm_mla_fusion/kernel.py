@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import build
+from vllm_mla_fusion import activation, build
 
 NAMESPACE = "mla_fusion"
 
@@ -65,9 +65,7 @@ def load() -> build.Target:
 
 
 def _say(message: str) -> None:
-    from vllm_mla_fusion import compat
-
-    compat.logger.info("MLA fusion: %s", message)
+    activation.logger.info("MLA fusion: %s", message)
 
 
 @functools.cache
@@ -77,7 +75,16 @@ def failure() -> str | None:
         load()
     except (build.BuildError, OSError) as error:
         return str(error)
+    except Exception as error:
+        # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.
+        return f"{type(error).__name__}: {error}"
     return None
+
+
+def failure_in_short() -> str | None:
+    """The first line of `failure`, for logs that have told the rest."""
+    reason = failure()
+    return reason and reason.splitlines()[0].removesuffix(" The compiler says:")
 
 
 @functools.cache

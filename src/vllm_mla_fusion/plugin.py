@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from vllm_mla_fusion import activation
+from vllm_mla_fusion import __version__, activation
 from vllm_mla_fusion.activation import Mode
 
 
@@ -17,14 +18,15 @@ def register() -> None:
     """Hooks the fusion into the vLLM of this process if MLA_FUSION asks for it. May be called any number of times.
 
     Raises:
-        ValueError: MLA_FUSION or MLA_FUSION_NORM has an unknown value.
-        UnsupportedError: only with MLA_FUSION=strict; otherwise the reason is logged and vLLM stays stock.
+        ValueError: MLA_FUSION has an unknown value.
+        Exception: only with MLA_FUSION=strict, an UnsupportedError if it was foreseen; otherwise the reason is logged
+            and vLLM stays stock.
     """
     mode = activation.mode()
     if mode is Mode.OFF:
         return
-    activation.norm()
     try:
+        activation.norm()
         _activate(mode)
     except Exception as error:
         if mode is Mode.STRICT:
@@ -68,39 +70,33 @@ def _before_device(vllm_config: Any) -> None:
     """A spawned worker gets a finished configuration, which `_prepare_config` never saw in its process."""
     from vllm_mla_fusion import compat, identity
 
-    try:
-        if compat.has_mla_graphs(vllm_config) and compat.config_problem(vllm_config) is None:
-            identity.expect_kernel()
-    except Exception:
-        if activation.mode() is Mode.STRICT:
-            raise
-        compat.logger.warning("MLA fusion: this worker's configuration could not be read.", exc_info=True)
+    if compat.has_mla_graphs(vllm_config) and compat.config_problem(vllm_config) is None:
+        identity.expect_kernel()
 
 
-def _after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
-    from vllm_mla_fusion import compat, report
+def _after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
+    from vllm_mla_fusion import report
 
-    try:
-        report.after_warm_up(vllm_config, worker, is_first_worker)
-    except Exception:
-        if activation.mode() is Mode.STRICT:
-            raise
-        compat.logger.warning("MLA fusion: the number of fused layers could not be told.", exc_info=True)
+    report.after_warm_up(vllm_config, worker, rank)
 
 
 def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
-    from vllm_mla_fusion import compat, identity, kernel
+    from vllm_mla_fusion import compat, identity, kernel, target
 
     if not compat.has_mla_graphs(vllm_config):
         return None
     problem = compat.config_problem(vllm_config)
     if problem is not None:
         return problem
+    if compat.is_gpu_platform() and target.lacks_gpu():
+        # Only drives workers: they build for the GPUs that they see, or run the update inside their graphs as it is.
+        return compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
     identity.expect_kernel()
     return kernel.failure() or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
 
 
+@functools.cache
 def _warn(problem: str) -> None:
-    from vllm_mla_fusion import __version__, compat
-
-    compat.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)
+    """Once per process: every engine, and every copy of a configuration, has the same problem."""
+    # Without compat, which may be what cannot be imported.
+    activation.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)

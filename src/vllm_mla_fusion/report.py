@@ -52,8 +52,7 @@ def left_alone(reasons: list[str], without_rope: int = 0) -> None:
 
 
 def _judge(vllm_config: Any, layers: dict[str, Any], worker: Any) -> _Judgement:
-    in_graph = "; ".join(_left_alone)
-    not_seen = compat.not_compiled_reason(vllm_config) or in_graph or compat.config_problem(vllm_config) or NOT_SEEN
+    not_seen = _why_not_seen(vllm_config) if layers else NOT_SEEN
     own_code = compat.layers_with_own_code(vllm_config, worker)
     judgement = _Judgement()
     for name, layer in layers.items():
@@ -70,6 +69,17 @@ def _judge(vllm_config: Any, layers: dict[str, Any], worker: Any) -> _Judgement:
     return judgement
 
 
+def _why_not_seen(vllm_config: Any) -> str:
+    """Why a layer may be one for which the op did not run."""
+    config_problem = compat.not_compiled_reason(vllm_config) or compat.config_problem(vllm_config)
+    if config_problem is not None:
+        return config_problem
+    kernel_problem = kernel.failure_in_short()
+    if kernel_problem is not None:
+        return f"the kernel is not available: {kernel_problem}"
+    return "; ".join(_left_alone) or NOT_SEEN
+
+
 def _bound_cache_problem(layer: Any) -> str | None:
     """The op's decision for a layer that so far ran only before its cache was bound."""
     cache = layer.kv_cache
@@ -78,16 +88,19 @@ def _bound_cache_problem(layer: Any) -> str | None:
     return compat.why_not_replaced(layer, cache, layer.kv_cache_dtype, cache)
 
 
-def after_warm_up(vllm_config: Any, worker: Any, is_first_worker: bool) -> None:
-    """Logs how many MLA layers are fused; strict mode raises if one is not.
+def after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
+    """Logs how many MLA layers are fused, once per engine; strict mode raises if one is not.
 
     Raises:
         NotFusedError: in strict mode, with the layers and their reasons.
     """
     layers = compat.mla_layers(vllm_config)
     judgement = _judge(vllm_config, layers, worker)
-    if is_first_worker:
+    if rank == 0:
         _log(vllm_config, layers, judgement)
+    elif judgement.problems and rank % vllm_config.parallel_config.tensor_parallel_size == 0:
+        # The first worker of another pipeline stage, whose layers no other worker can name.
+        _warn_of(judgement.problems)
     _left_alone.clear()
     not_fused = judgement.problems | judgement.patternless
     if not_fused and activation.mode() is activation.Mode.STRICT:
@@ -101,27 +114,31 @@ def _log(vllm_config: Any, layers: dict[str, Any], judgement: _Judgement) -> Non
     not_compiled = compat.not_compiled_reason(vllm_config)
     if len(judgement.patternless) == len(layers):
         why = _summary(judgement.patternless) or "the model has no MLA layers"
-        compat.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
+        activation.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
         return
     if not_compiled is not None:
-        compat.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
+        activation.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
         return
     fused = [layer for name, layer in layers.items() if name not in judgement.problems | judgement.patternless]
-    level = compat.logger.info if fused else compat.logger.warning
+    if fused:
+        _log_fused(fused, len(layers))
+    if judgement.patternless:
+        activation.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
+    if judgement.problems:
+        _warn_of(judgement.problems, "" if fused else f" {__version__}: 0 of {len(layers)} MLA layers fused")
+
+
+def _log_fused(fused: list[Any], count: int) -> None:
+    target = kernel.load()
+    backend = " ".join([target.backend, *target.archs])
     with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
     norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
-    level("MLA fusion %s (%s): %d of %d MLA layers fused%s.", __version__, _backend(), len(fused), len(layers), norm)
-    if judgement.patternless:
-        compat.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
-    if judgement.problems:
-        compat.logger.warning("MLA fusion: layers that run as stock vLLM: %s", _summary(judgement.problems))
+    message = "MLA fusion %s (%s): %d of %d MLA layers fused%s."
+    activation.logger.info(message, __version__, backend, len(fused), count, norm)
 
 
-def _backend() -> str:
-    if kernel.failure() is not None:
-        return "no kernel"
-    target = kernel.load()
-    return " ".join([target.backend, *target.archs])
+def _warn_of(problems: dict[str, str], total: str = "") -> None:
+    activation.logger.warning("MLA fusion%s: layers that run as stock vLLM: %s", total, _summary(problems))
 
 
 def _summary(problems: dict[str, str]) -> str:
