@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -378,6 +379,38 @@ def test_a_compiler_that_hangs_is_ended(monkeypatch, tmp_path, root):
     with pytest.raises(BuildError, match="gave up after 6 s"):
         build.build(CPU)
     assert time.monotonic() - began < 300
+    assert processes_in(root) == []
+
+
+def test_a_compiler_that_ignores_sigterm_is_killed(monkeypatch, tmp_path, root):
+    script = fake_compiler(tmp_path / "bin", "1.0")
+    script.write_text(script.read_text().replace("exec ", "trap '' TERM; sleep 600; exec "))
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(compiling, "COMPILE_TIMEOUT_SECONDS", 6.0)
+    monkeypatch.setattr(compiling, "GRACE_SECONDS", 1.0)
+    began = time.monotonic()
+    with pytest.raises(BuildError, match="gave up after 6 s"):
+        build.build(CPU)
+    assert time.monotonic() - began < 300
+    assert soon(lambda: processes_in(root) == [])
+
+
+def test_compilers_that_outlive_ninja_are_ended(monkeypatch, tmp_path, root):
+    """As the OOM killer leaves them: they hold the output open, and nobody waits for them."""
+    script = fake_compiler(tmp_path / "bin", "1.0")
+    script.write_text(script.read_text().replace("exec ", 'case "$*" in *" -c "*) sleep 600;; esac; exec '))
+    monkeypatch.setenv("CXX", str(script))
+    outcomes = FORK.Queue()
+    process = FORK.Process(target=report_build, args=(FORK.Queue(), outcomes))
+    process.start()
+
+    def named(name: str) -> list[int]:
+        return [pid for pid in processes_in(root) if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"]
+
+    assert soon(lambda: named("sleep"))
+    os.kill(named("ninja")[0], signal.SIGKILL)
+    assert "The kernel does not compile" in outcomes.get(timeout=60)
+    process.join(timeout=60)
     assert processes_in(root) == []
 
 
