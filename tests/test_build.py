@@ -363,6 +363,32 @@ def test_a_compile_error_shows_the_compilers_own_words(csrc, root):
     assert answer(build.build(CPU)) == 42
 
 
+def test_a_failure_lasts_until_it_is_old_or_something_changes(csrc, root, tmp_path, monkeypatch):
+    """The processes of an engine ask one after the other; the command line always tries."""
+    compiled = []
+    stock = build.compile_sources
+    monkeypatch.setattr(build, "compile_sources", lambda *each: compiled.append(1) or stock(*each))
+
+    def fails(failure_lasts: float) -> tuple[int, str]:
+        with pytest.raises(BuildError, match="broken on purpose") as failure:
+            build.build(CPU, failure_lasts=failure_lasts)
+        return len(compiled), str(failure.value)
+
+    (csrc / "answer.cpp").write_text("#error broken on purpose\n")
+    assert fails(600)[0] == 1
+    count, message = fails(600)
+    assert count == 1
+    assert "`vllm-mla-fusion build` tries again at once" in message
+    assert fails(0)[0] == 2
+    (log,) = root.glob("*.failed.log")
+    os.utime(log, (time.time() - 700,) * 2)
+    assert fails(600)[0] == 3
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "bin", "2.0")))
+    assert fails(600)[0] == 4
+    (csrc / "answer.cpp").write_text(SOURCE)
+    assert answer(build.build(CPU, failure_lasts=600)) == 42
+
+
 def test_a_library_that_does_not_load_is_a_failed_build(csrc, root):
     (csrc / "answer.cpp").write_text("int missing();\nint answer() { return missing(); }\n")
     with pytest.raises(BuildError, match=r"undefined symbol: .*missing"):
