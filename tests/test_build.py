@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -362,6 +363,32 @@ def test_a_compile_error_shows_the_compilers_own_words(csrc, root):
     assert answer(build.build(CPU)) == 42
 
 
+def test_a_failure_lasts_until_it_is_old_or_something_changes(csrc, root, tmp_path, monkeypatch):
+    """The processes of an engine ask one after the other; the command line always tries."""
+    compiled = []
+    stock = build.compile_sources
+    monkeypatch.setattr(build, "compile_sources", lambda *each: compiled.append(1) or stock(*each))
+
+    def fails(failure_lasts: float) -> tuple[int, str]:
+        with pytest.raises(BuildError, match="broken on purpose") as failure:
+            build.build(CPU, failure_lasts=failure_lasts)
+        return len(compiled), str(failure.value)
+
+    (csrc / "answer.cpp").write_text("#error broken on purpose\n")
+    assert fails(600)[0] == 1
+    count, message = fails(600)
+    assert count == 1
+    assert "`vllm-mla-fusion build` tries again at once" in message
+    assert fails(0)[0] == 2
+    (log,) = root.glob("*.failed.log")
+    os.utime(log, (time.time() - 700,) * 2)
+    assert fails(600)[0] == 3
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "bin", "2.0")))
+    assert fails(600)[0] == 4
+    (csrc / "answer.cpp").write_text(SOURCE)
+    assert answer(build.build(CPU, failure_lasts=600)) == 42
+
+
 def test_a_library_that_does_not_load_is_a_failed_build(csrc, root):
     (csrc / "answer.cpp").write_text("int missing();\nint answer() { return missing(); }\n")
     with pytest.raises(BuildError, match=r"undefined symbol: .*missing"):
@@ -378,6 +405,38 @@ def test_a_compiler_that_hangs_is_ended(monkeypatch, tmp_path, root):
     with pytest.raises(BuildError, match="gave up after 6 s"):
         build.build(CPU)
     assert time.monotonic() - began < 300
+    assert processes_in(root) == []
+
+
+def test_a_compiler_that_ignores_sigterm_is_killed(monkeypatch, tmp_path, root):
+    script = fake_compiler(tmp_path / "bin", "1.0")
+    script.write_text(script.read_text().replace("exec ", "trap '' TERM; sleep 600; exec "))
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(compiling, "COMPILE_TIMEOUT_SECONDS", 6.0)
+    monkeypatch.setattr(compiling, "GRACE_SECONDS", 1.0)
+    began = time.monotonic()
+    with pytest.raises(BuildError, match="gave up after 6 s"):
+        build.build(CPU)
+    assert time.monotonic() - began < 300
+    assert soon(lambda: processes_in(root) == [])
+
+
+def test_compilers_that_outlive_ninja_are_ended(monkeypatch, tmp_path, root):
+    """As the OOM killer leaves them: they hold the output open, and nobody waits for them."""
+    script = fake_compiler(tmp_path / "bin", "1.0")
+    script.write_text(script.read_text().replace("exec ", 'case "$*" in *" -c "*) sleep 600;; esac; exec '))
+    monkeypatch.setenv("CXX", str(script))
+    outcomes = FORK.Queue()
+    process = FORK.Process(target=report_build, args=(FORK.Queue(), outcomes))
+    process.start()
+
+    def named(name: str) -> list[int]:
+        return [pid for pid in processes_in(root) if Path(f"/proc/{pid}/comm").read_text() == f"{name}\n"]
+
+    assert soon(lambda: named("sleep"))
+    os.kill(named("ninja")[0], signal.SIGKILL)
+    assert "The kernel does not compile" in outcomes.get(timeout=60)
+    process.join(timeout=60)
     assert processes_in(root) == []
 
 

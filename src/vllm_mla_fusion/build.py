@@ -78,6 +78,7 @@ def build(
     target: Target,
     say: Callable[[str], None] = logger.info,
     progress: Callable[[int, int], None] | None = None,
+    failure_lasts: float = 0.0,
 ) -> Path:
     """Returns the library for ``target``; compiles it if this machine has none yet.
 
@@ -87,6 +88,7 @@ def build(
         target: What to build.
         say: Gets a line when compiling begins and ends and while waiting for another process.
         progress: Gets the number of finished and of all compile steps.
+        failure_lasts: Seconds for which a failure with the same sources and compilers is reported, not repeated.
 
     Raises:
         BuildError: No compiler, a compile error, or a cache directory that cannot be used.
@@ -100,20 +102,20 @@ def build(
         finished = _find_finished(target)
         if finished:
             return finished
-        _raise_failure_of_other(root, target, waited_since)
+        final = root / f"{target}-{_sources_digest(target)}-{_digest(tools.versions(), 8)}"
+        _raise_known_failure(_failure_log(final), waited_since, failure_lasts)
         sweep(root)
-        return _build_locked(root, target, tools, say, progress)
+        return _build_locked(final, target, tools, say, progress)
 
 
 def _build_locked(
-    root: Path,
+    final: Path,
     target: Target,
     tools: Toolchain,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
 ) -> Path:
-    compilers = tools.versions()
-    final = root / f"{target}-{_sources_digest(target)}-{_digest(compilers, 8)}"
+    root = final.parent
     began = time.monotonic()
     say(f"building the {target} kernel in {root} (once; later starts reuse it)")
     work = Path(tempfile.mkdtemp(prefix=work_dir_prefix(str(target)), dir=root))
@@ -128,7 +130,7 @@ def _build_locked(
             **_library_facts(result / LIBRARY),
             "target": str(target),
             "sources": _sources_digest(target),
-            "compilers": compilers,
+            "compilers": tools.versions(),
             "signature": toolchain.signature(target.backend),
             "seconds": round(time.monotonic() - began, 1),
         }
@@ -138,13 +140,13 @@ def _build_locked(
             os.replace(final, work / "damaged")
         os.replace(result, final)
     except CompileFailed as failure:
-        log = _failure_log(root, target)
+        log = _failure_log(final)
         with contextlib.suppress(OSError):
             log.write_text(failure.output)
         raise compile_error(failure.output, log) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _failure_log(root, target).unlink(missing_ok=True)
+    _failure_log(final).unlink(missing_ok=True)
     say(f"built {final / LIBRARY} in {time.monotonic() - began:.1f} s")
     return final / LIBRARY
 
@@ -164,15 +166,16 @@ def _tools_or_explain(target: Target) -> Toolchain:
         ) from None
 
 
-def _failure_log(root: Path, target: Target) -> Path:
-    return root / f"{target}-{_sources_digest(target)}.failed.log"
+def _failure_log(final: Path) -> Path:
+    return final.with_name(f"{final.name}.failed.log")
 
 
-def _raise_failure_of_other(root: Path, target: Target, waited_since: float | None) -> None:
-    """A process that waited for a build that failed reports that failure instead of repeating it."""
-    log = _failure_log(root, target)
-    if waited_since and log.exists() and log.stat().st_mtime >= waited_since:
-        raise compile_error(log.read_text(), log)
+def _raise_known_failure(log: Path, waited_since: float | None, failure_lasts: float) -> None:
+    """Reports a failure that this process waited for, or that is young enough, instead of repeating it."""
+    now = time.time()
+    if log.exists() and min(waited_since or now, now - failure_lasts) <= log.stat().st_mtime < now:
+        error = compile_error(log.read_text(), log)
+        raise BuildError(error.problem, f"{error.remedy} `vllm-mla-fusion build` tries again at once.")
 
 
 # ---- finished builds ------------------------------------------------------------------------------------------------

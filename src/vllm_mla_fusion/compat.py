@@ -433,6 +433,8 @@ def _pass_manager_class() -> type:
     class FusionPassManager(_stock_pass_manager()):  # type: ignore[misc]
         """vLLM's pass manager with our two steps: before its own MLA fusion, and after everything."""
 
+        fix_functionalization: Any
+
         def configure(self, config: Any) -> None:
             super().configure(config)
             try:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from vllm_mla_fusion.toolchain import Toolchain
 NAME = "mla_fusion"
 LIBRARY = f"{NAME}.so"
 COMPILE_TIMEOUT_SECONDS = 900.0
+GRACE_SECONDS = 10.0
 
 # Contraction would round the CPU kernel's rotation differently from one machine to the next.
 CXX_FLAGS = ("-O3", "-Wall", "-ffp-contract=off")
@@ -169,7 +171,7 @@ def _child_environment(work: Path, target: Target, tools: Toolchain) -> dict[str
 
 
 def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, int], None] | None) -> tuple[str, int]:
-    """Runs compile_job in a process group of its own, which ends when this process does or after the time limit."""
+    """Runs compile_job in a session of its own, which ends with it, with this process or after the time limit."""
     lines: list[str] = []
     child = subprocess.Popen(
         [sys.executable, "-m", "vllm_mla_fusion.compile_job", str(work / "job.json")],
@@ -183,17 +185,16 @@ def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, i
         start_new_session=True,
     )
 
-    def end() -> None:
-        # SIGTERM, not SIGKILL: ninja passes it on to the compilers, which are in process groups of their own.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)
+    def supervise() -> None:
+        try:
+            child.wait(COMPILE_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            lines.append(f"error: gave up after {COMPILE_TIMEOUT_SECONDS:.0f} s\n")
+        # Also after its own end: compilers that outlive ninja would keep the output open, and the lock held.
+        _end_session(child)
 
-    def expire() -> None:
-        lines.append(f"error: gave up after {COMPILE_TIMEOUT_SECONDS:.0f} s\n")
-        end()
-
-    timer = threading.Timer(COMPILE_TIMEOUT_SECONDS, expire)
-    timer.start()
+    supervisor = threading.Thread(target=supervise, daemon=True)
+    supervisor.start()
     with child:
         try:
             for line in child.stdout or ():
@@ -203,9 +204,31 @@ def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, i
                     progress(int(step[1]), int(step[2]))
             return "".join(lines), child.wait()
         finally:
-            timer.cancel()
             if child.poll() is None:
-                end()
+                _end_session(child)
+            supervisor.join()
+
+
+def _end_session(leader: subprocess.Popen[str]) -> None:
+    """Ends what is left of the processes that ``leader`` started; compilers are in process groups of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _session_members(leader.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while leader.poll() is None or _session_members(leader.pid):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+
+
+def _session_members(session: int) -> list[int]:
+    members = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(process.name)) == session:
+                members.append(int(process.name))
+    return members
 
 
 def compile_error(output: str, log: Path) -> BuildError:

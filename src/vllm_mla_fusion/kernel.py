@@ -48,6 +48,8 @@ import torch
 from vllm_mla_fusion import activation, build
 
 NAMESPACE = "mla_fusion"
+# Each process of an engine asks on its own, one after the other, and a compile error takes its time.
+FAILURE_LASTS_SECONDS = 600.0
 
 
 @functools.cache
@@ -58,7 +60,7 @@ def load() -> build.Target:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
     target = build.detect_target()
-    torch.ops.load_library(build.build(target, say=_say))
+    torch.ops.load_library(build.build(target, say=_say, failure_lasts=FAILURE_LASTS_SECONDS))
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
     return target
