@@ -344,6 +344,7 @@ def test_near_misses_are_left_alone(rope, ops: fusion_pass.FusionOps, monkeypatc
     run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert the_pass.results[0].fused == 0
     assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
+    assert "use_inductor_graph_partition" not in the_pass.results[0].reasons[0]
     assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
 
 
@@ -392,6 +393,7 @@ def test_a_key_of_another_graph_may_be_rotated(ops: fusion_pass.FusionOps) -> No
     kv_c, k_pe = (torch.randn(len(positions), size).to(torch.bfloat16) for size in (mla_layer.LORA, mla_layer.ROT))
     the_pass = Pass(ops)
     run(compiled(UpdateOnly(), the_pass), {"layers.0": Attention()}, positions, kv_c, k_pe, slots=slots)
+    assert "use_inductor_graph_partition" in the_pass.results[0].reasons[0]
     assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
 
 

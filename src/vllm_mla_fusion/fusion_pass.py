@@ -242,13 +242,14 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     cone = _cone(k_rotated, ops)
     rotary = [node for node in cone if _rotary_op(node, ops)]
     gathers = [node for node in cone if _gather(node)]
-    if not _may_be_rotated(k_rotated, ops):
+    origins = _origins(k_rotated, ops)
+    if not origins:
         raise _NoRope
     if len(rotary) == 1 and not gathers:
         site = _match_rotary_op(k_rotated, rotary[0], ops)
     elif len(gathers) == 1 and not rotary:
         site = _match_native(update, k_rotated, cone, gathers[0], ops)
-    elif not gathers and not rotary:
+    elif all(node.op == "placeholder" for node in origins):
         raise _NoMatch(
             "the rotary embedding of its key is in another graph, beyond a splitting op such as a sparse indexer; "
             "start vLLM with use_inductor_graph_partition=True in the compilation config to have both in one"
@@ -263,8 +264,8 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     return site
 
 
-def _may_be_rotated(key: fx.Node, ops: FusionOps) -> bool:
-    """Whether a rotary op, rows of a table or values of another graph lead to the key.
+def _origins(key: fx.Node, ops: FusionOps) -> list[fx.Node]:
+    """What may have rotated the key: rotary ops, rows of a table, and values of another graph, one for each token.
 
     Looks through torch's own ops, and no further than what is larger than the key: the qkv_a GEMM.
     """
@@ -275,10 +276,11 @@ def _may_be_rotated(key: fx.Node, ops: FusionOps) -> bool:
         looks_through = node.target in _EVALUABLE or (is_torchs and _numel(node) <= size)
         return node.all_input_nodes if looks_through and _gather(node) is None else []
 
-    return any(
-        _gather(node) or _rotary_op(node, ops) or (node.op == "placeholder" and _shape(node)[:1] == _shape(key)[:1])
+    return [
+        node
         for node in _closure([key], sources)
-    )
+        if _gather(node) or _rotary_op(node, ops) or (node.op == "placeholder" and _shape(node)[:1] == _shape(key)[:1])
+    ]
 
 
 def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site:
