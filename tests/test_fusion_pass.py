@@ -676,6 +676,17 @@ def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: fu
     assert check_body(body, ops).results[0].reasons[0].startswith(f"{name} has dtype")
 
 
+def _key_with_another_reader(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, k_pe.float().sum(-1), layer.update(kv_c, k_pe)
+
+
+def test_a_reader_of_the_rotated_key_is_no_query(ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_key_with_another_reader, ops)
+    assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (1, [])
+
+
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
     q, _, k_pe = layer.project(hidden)
     weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25

@@ -318,8 +318,9 @@ def _match_native(update: fx.Node, k_rotated: fx.Node, cone: list[fx.Node], gath
     k_pe, is_neox = key
     attention = _attention_of(update)
     queries: list[_Site] = []
+    of_the_key = {*cone, *_closure([k_rotated], lambda node: node.users)}
     for q_rotated in _downstream(gather):
-        if q_rotated in cone or len(_shape(q_rotated)) != 3:
+        if q_rotated in of_the_key or len(_shape(q_rotated)) != 3:
             continue
         if any(found.q_rotated in _ancestors(q_rotated) for found in queries):
             continue
