@@ -687,6 +687,24 @@ def test_a_reader_of_the_rotated_key_is_no_query(ops: fusion_pass.FusionOps) -> 
     assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (1, [])
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_fixed_large_number_of_tokens_is_named_as_the_reason(
+    dynamic: bool, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tokens, query_size = 7, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)
+    monkeypatch.setattr(fusion_pass, "_PROBE_MAX_ELEMENTS", (num_tokens - 1) * query_size)
+    the_pass = Pass(ops)
+    model = compiled(Layer("layers.0", "native", False, piece=True), the_pass)
+    positions, hidden, cos_sin_cache, slots = inputs(num_tokens)
+    if dynamic:
+        run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+        assert the_pass.results == [fusion_pass.FusionResult(fused=1)]
+    else:
+        with torch.no_grad(), forward_context({"layers.0": Attention()}, slots):
+            model(positions, hidden, cos_sin_cache)
+        assert "compile_sizes" in the_pass.results[0].reasons[0]
+
+
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
     q, _, k_pe = layer.project(hidden)
     weight = torch.ones(mla_layer.LORA, dtype=torch.bfloat16) * 1.25

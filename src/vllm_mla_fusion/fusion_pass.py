@@ -894,5 +894,8 @@ class _Probe:
             return _probe_size(value)
         sizes = _shape(node)
         if torch.Size(sizes).numel() > _PROBE_MAX_ELEMENTS:
-            raise ValueError(f"{node} is too large to evaluate")
+            raise _NoMatch(
+                f"{node} with {list(sizes)} elements is too large to evaluate; only graphs that were compiled for a fixed "
+                "number of tokens (compile_sizes) have such values, those for any number are fused"
+            )
         return torch.randn(sizes, generator=self._random, dtype=torch.float64)
