@@ -607,12 +607,9 @@ def _in_place_replacements(
     q_pe_out = _result_of(fused, _num_returns(fused))
     if q_pe_out is not None:
         replacements = [*_scatters_of(q_pe_out, q_pe), (q_pe_out, q_pe)]
-    replaced = {node for node, _ in replacements}
-    for alias in aliases:
-        for reader in alias.users:
-            if reader not in aliases and reader is not fused and reader not in replaced and order[reader] > order[fused]:
-                return None
-    return replacements
+    not_asked = {*aliases, fused, *(node for node, _ in replacements)}
+    readers = {reader for alias in aliases for reader in alias.users} - not_asked
+    return None if any(order[reader] > order[fused] for reader in readers) else replacements
 
 
 def _scatters_of(q_pe_out: fx.Node, q_pe: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -728,7 +725,8 @@ def _may_overlap(first: fx.Node, second: fx.Node) -> bool:
     if _memory(first).isdisjoint(_memory(second)):
         return False
     a, b = _fake(first), _fake(second)
-    if not _is_in_storage_of(first, second) or a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
+    comparable = _is_in_storage_of(first, second) and a.dtype == b.dtype
+    if not comparable or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
         return True
     return not _elements(first).isdisjoint(_elements(second))
 
@@ -895,7 +893,7 @@ class _Probe:
         sizes = _shape(node)
         if torch.Size(sizes).numel() > _PROBE_MAX_ELEMENTS:
             raise _NoMatch(
-                f"{node} with {list(sizes)} elements is too large to evaluate; only graphs that were compiled for a fixed "
-                "number of tokens (compile_sizes) have such values, those for any number are fused"
+                f"{node} of shape {list(sizes)} is too large to evaluate, as in a graph that was compiled for a "
+                "fixed number of tokens; take large numbers out of compile_sizes"
             )
         return torch.randn(sizes, generator=self._random, dtype=torch.float64)
