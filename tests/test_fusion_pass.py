@@ -344,6 +344,7 @@ def test_near_misses_are_left_alone(rope, ops: fusion_pass.FusionOps, monkeypatc
     run(compiled(layer, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
     assert the_pass.results[0].fused == 0
     assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
+    assert "use_inductor_graph_partition" not in the_pass.results[0].reasons[0]
     assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
 
 
@@ -392,6 +393,7 @@ def test_a_key_of_another_graph_may_be_rotated(ops: fusion_pass.FusionOps) -> No
     kv_c, k_pe = (torch.randn(len(positions), size).to(torch.bfloat16) for size in (mla_layer.LORA, mla_layer.ROT))
     the_pass = Pass(ops)
     run(compiled(UpdateOnly(), the_pass), {"layers.0": Attention()}, positions, kv_c, k_pe, slots=slots)
+    assert "use_inductor_graph_partition" in the_pass.results[0].reasons[0]
     assert (len(the_pass.results[0].reasons), the_pass.results[0].without_rope) == (1, 0)
 
 
@@ -672,6 +674,35 @@ def _transposed_table(layer, positions, hidden, cos_sin_cache):
 )
 def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: fusion_pass.FusionOps) -> None:
     assert check_body(body, ops).results[0].reasons[0].startswith(f"{name} has dtype")
+
+
+def _key_with_another_reader(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe, k_pe = layer.rope(positions, q[..., mla_layer.NOPE :], k_pe, cos_sin_cache, False)
+    return q_pe, k_pe.float().sum(-1), layer.update(kv_c, k_pe)
+
+
+def test_a_reader_of_the_rotated_key_is_no_query(ops: fusion_pass.FusionOps) -> None:
+    the_pass = check_body(_key_with_another_reader, ops)
+    assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (1, [])
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_fixed_large_number_of_tokens_is_named_as_the_reason(
+    dynamic: bool, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_tokens, query_size = 7, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)
+    monkeypatch.setattr(fusion_pass, "_PROBE_MAX_ELEMENTS", (num_tokens - 1) * query_size)
+    the_pass = Pass(ops)
+    model = compiled(Layer("layers.0", "native", False, piece=True), the_pass)
+    positions, hidden, cos_sin_cache, slots = inputs(num_tokens)
+    if dynamic:
+        run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+        assert the_pass.results == [fusion_pass.FusionResult(fused=1)]
+    else:
+        with torch.no_grad(), forward_context({"layers.0": Attention()}, slots):
+            model(positions, hidden, cos_sin_cache)
+        assert "compile_sizes" in the_pass.results[0].reasons[0]
 
 
 def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):

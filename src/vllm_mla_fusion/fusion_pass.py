@@ -242,13 +242,14 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     cone = _cone(k_rotated, ops)
     rotary = [node for node in cone if _rotary_op(node, ops)]
     gathers = [node for node in cone if _gather(node)]
-    if not _may_be_rotated(k_rotated, ops):
+    origins = _origins(k_rotated, ops)
+    if not origins:
         raise _NoRope
     if len(rotary) == 1 and not gathers:
         site = _match_rotary_op(k_rotated, rotary[0], ops)
     elif len(gathers) == 1 and not rotary:
         site = _match_native(update, k_rotated, cone, gathers[0], ops)
-    elif not gathers and not rotary:
+    elif all(node.op == "placeholder" for node in origins):
         raise _NoMatch(
             "the rotary embedding of its key is in another graph, beyond a splitting op such as a sparse indexer; "
             "start vLLM with use_inductor_graph_partition=True in the compilation config to have both in one"
@@ -263,8 +264,8 @@ def _match(update: fx.Node, ops: FusionOps) -> _Site:
     return site
 
 
-def _may_be_rotated(key: fx.Node, ops: FusionOps) -> bool:
-    """Whether a rotary op, rows of a table or values of another graph lead to the key.
+def _origins(key: fx.Node, ops: FusionOps) -> list[fx.Node]:
+    """What may have rotated the key: rotary ops, rows of a table, and values of another graph, one for each token.
 
     Looks through torch's own ops, and no further than what is larger than the key: the qkv_a GEMM.
     """
@@ -275,10 +276,11 @@ def _may_be_rotated(key: fx.Node, ops: FusionOps) -> bool:
         looks_through = node.target in _EVALUABLE or (is_torchs and _numel(node) <= size)
         return node.all_input_nodes if looks_through and _gather(node) is None else []
 
-    return any(
-        _gather(node) or _rotary_op(node, ops) or (node.op == "placeholder" and _shape(node)[:1] == _shape(key)[:1])
+    return [
+        node
         for node in _closure([key], sources)
-    )
+        if _gather(node) or _rotary_op(node, ops) or (node.op == "placeholder" and _shape(node)[:1] == _shape(key)[:1])
+    ]
 
 
 def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> _Site:
@@ -316,8 +318,9 @@ def _match_native(update: fx.Node, k_rotated: fx.Node, cone: list[fx.Node], gath
     k_pe, is_neox = key
     attention = _attention_of(update)
     queries: list[_Site] = []
+    of_the_key = {*cone, *_closure([k_rotated], lambda node: node.users)}
     for q_rotated in _downstream(gather):
-        if q_rotated in cone or len(_shape(q_rotated)) != 3:
+        if q_rotated in of_the_key or len(_shape(q_rotated)) != 3:
             continue
         if any(found.q_rotated in _ancestors(q_rotated) for found in queries):
             continue
@@ -604,12 +607,9 @@ def _in_place_replacements(
     q_pe_out = _result_of(fused, _num_returns(fused))
     if q_pe_out is not None:
         replacements = [*_scatters_of(q_pe_out, q_pe), (q_pe_out, q_pe)]
-    replaced = {node for node, _ in replacements}
-    for alias in aliases:
-        for reader in alias.users:
-            if reader not in aliases and reader is not fused and reader not in replaced and order[reader] > order[fused]:
-                return None
-    return replacements
+    not_asked = {*aliases, fused, *(node for node, _ in replacements)}
+    readers = {reader for alias in aliases for reader in alias.users} - not_asked
+    return None if any(order[reader] > order[fused] for reader in readers) else replacements
 
 
 def _scatters_of(q_pe_out: fx.Node, q_pe: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -725,7 +725,8 @@ def _may_overlap(first: fx.Node, second: fx.Node) -> bool:
     if _memory(first).isdisjoint(_memory(second)):
         return False
     a, b = _fake(first), _fake(second)
-    if not _is_in_storage_of(first, second) or a.dtype != b.dtype or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
+    comparable = _is_in_storage_of(first, second) and a.dtype == b.dtype
+    if not comparable or _symbolic(a.stride()[:1]) != _symbolic(b.stride()[:1]):
         return True
     return not _elements(first).isdisjoint(_elements(second))
 
@@ -891,5 +892,8 @@ class _Probe:
             return _probe_size(value)
         sizes = _shape(node)
         if torch.Size(sizes).numel() > _PROBE_MAX_ELEMENTS:
-            raise ValueError(f"{node} is too large to evaluate")
+            raise _NoMatch(
+                f"{node} of shape {list(sizes)} is too large to evaluate, as in a graph that was compiled for a "
+                "fixed number of tokens; take large numbers out of compile_sizes"
+            )
         return torch.randn(sizes, generator=self._random, dtype=torch.float64)
