@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import __version__, kernel
+from vllm_mla_fusion import __version__, compat, kernel
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 8192)
 HEADS = (16, 128)
@@ -123,12 +123,11 @@ def _ours(cell: Cell) -> Callable[[dict[str, torch.Tensor]], None]:
     return call
 
 
-def _stock_ops() -> Any | None:
+def _stock_kernels() -> Any | None:
     try:
-        from vllm import _custom_ops
+        return compat.stock_kernels()
     except ImportError:
         return None
-    return _custom_ops if hasattr(_custom_ops, "concat_and_cache_mla") and torch.cuda.is_available() else None
 
 
 def _stock_fused(cell: Cell, ops: Any) -> Callable[[dict[str, torch.Tensor]], None]:
@@ -197,7 +196,7 @@ def measure_cell(cell: Cell, replays: int) -> Row:
         return _time([lambda s=sets[i % count]: function(s) for i in range(num_calls)], replays)  # type: ignore[misc]
 
     row = Row(cell, time(_ours(cell)))
-    ops = _stock_ops()
+    ops = _stock_kernels()
     if ops is not None and cell.cos_sin_dtype == cell.dtype and not cell.norm:
         row.stock_unfused = time(_stock_unfused(cell, ops))
         if hasattr(torch.ops._C_cache_ops, "concat_and_cache_mla_rope_fused"):
@@ -215,10 +214,8 @@ def run(cells: list[Cell], replays: int, say: Callable[[str], None] = print) -> 
         raise RuntimeError("The benchmark needs a CUDA or ROCm GPU that torch can see; run `vllm-mla-fusion doctor`.")
     kernel.load()
     versions = {"vllm-mla-fusion": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if _stock_ops() is not None:
-        import vllm
-
-        versions["vllm"] = vllm.__version__
+    if _stock_kernels() is not None:
+        versions["vllm"] = compat.installed_vllm_version()
     report = Report(torch.cuda.get_device_name(), versions, replays, _floor(replays), _copy_bandwidth(replays))
     copy = report.copy_bandwidth / 1e12
     say(f"{report.gpu}, {versions}; one-element kernel {report.floor:.2f} us, copy {copy:.2f} TB/s")

@@ -522,6 +522,15 @@ def layers_with_own_code(vllm_config: Any, worker: Any) -> dict[str, OwnCode]:
     return found
 
 
+def stock_kernels() -> Any:
+    """The module of vLLM's own GPU kernels.
+
+    Raises:
+        ImportError: there is no vLLM.
+    """
+    return importlib.import_module("vllm._custom_ops")
+
+
 @functools.cache
 def _default_writers() -> tuple[Any, ...]:
     """The `do_kv_cache_update` functions whose rows our kernel writes as well."""
@@ -609,8 +618,7 @@ def _ds_mla_writer_agrees(device: torch.device) -> bool:
     unrotated = torch.tensor([1.0] * 32 + [0.0] * 32, device=device).unsqueeze(0)
     q_pe, k_pe_out = torch.zeros((2, num_tokens, 1, 64), dtype=torch.bfloat16, device=device)
     try:
-        write = importlib.import_module("vllm._custom_ops").concat_and_cache_mla
-        write(kv_c, k_pe, theirs, slots, _DS_MLA, scale)
+        stock_kernels().concat_and_cache_mla(kv_c, k_pe, theirs, slots, _DS_MLA, scale)
         inputs = (torch.zeros_like(slots), q_pe, k_pe, kv_c, unrotated, False)
         kernel.op()(*inputs, slots, ours, _DS_MLA, scale, k_pe_out)
     except (ImportError, AttributeError, RuntimeError, TypeError):

@@ -48,8 +48,8 @@ import torch
 from vllm_mla_fusion import activation, build
 
 NAMESPACE = "mla_fusion"
-# Each process of an engine asks on its own, one after the other, and a compile error takes its time.
-FAILURE_LASTS_SECONDS = 600.0
+# Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
+FAILURE_LASTS_SECONDS = 120.0
 
 
 @functools.cache
