@@ -38,9 +38,9 @@ bool vectors_fit(const Params& p) {
   const bool cache_fits = p.cache_block_stride % cache_step == 0 && p.cache_row_stride % cache_step == 0 &&
                           is_aligned(p.kv_cache, cache_bytes);
   return shape_fits && strides_fit && tiles_fit && cache_fits && is_aligned(p.q_pe, kVectorBytes) &&
-         is_aligned(p.k_pe, kVectorBytes) &&
-         is_aligned(p.kv_c, kVectorBytes) && is_aligned(p.k_pe_out, kVectorBytes) &&
-         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_c_weight, kVectorBytes) && is_aligned(p.kv_c_out, kVectorBytes);
+         is_aligned(p.k_pe, kVectorBytes) && is_aligned(p.kv_c, kVectorBytes) && is_aligned(p.k_pe_out, kVectorBytes) &&
+         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_c_weight, kVectorBytes) &&
+         is_aligned(p.kv_c_out, kVectorBytes);
 }
 
 #if !defined(__HIP_PLATFORM_AMD__)

@@ -293,13 +293,10 @@ __device__ __forceinline__ void store_key(const Params& p, int64_t row, int inde
 // One element of a row into the cache. Of fp8_ds_mla only the key's are stored one by one.
 template <typename Act>
 __device__ __forceinline__ void store_cache_element(const Params& p, int64_t row, int index, Act value, float scale) {
-  if (p.cache_kind == CacheKind::kCopy) {
-    static_cast<Act*>(p.kv_cache)[row + index] = value;
-    return;
-  }
   uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + row + index;
   switch (p.cache_kind) {
     case CacheKind::kCopy:
+      static_cast<Act*>(p.kv_cache)[row + index] = value;
       return;
     case CacheKind::kFp8DsMla:
       if (index < p.lora_rank) return;

@@ -486,6 +486,15 @@ def check_body(body, ops: fusion_pass.FusionOps, rope: str = "native", the_pass:
     return the_pass
 
 
+def result_of_pass(body, ops: fusion_pass.FusionOps, with_slots: bool = True) -> fusion_pass.FusionResult:
+    """What the pass finds in `body` between a layer's projections; what it computes is not compared."""
+    the_pass = Pass(ops)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    model = compiled(mla_layer.Projections(body, "native"), the_pass)
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots if with_slots else None)
+    return the_pass.results[0]
+
+
 def _key_for_the_cache_only(layer, positions, hidden, cos_sin_cache):
     q, kv_c, k_pe = layer.project(hidden)
     q_pe, k_pe = q[..., mla_layer.NOPE :].contiguous(), k_pe.contiguous()
@@ -646,11 +655,7 @@ def _key_of_two_heads(layer, positions, hidden, cos_sin_cache):
 
 
 def test_key_of_two_heads_is_left_alone(ops: fusion_pass.FusionOps) -> None:
-    the_pass = Pass(ops)
-    model = compiled(mla_layer.Projections(_key_of_two_heads, "native"), the_pass)
-    positions, hidden, cos_sin_cache, _ = inputs()
-    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=None)
-    assert "k_pe has shape" in the_pass.results[0].reasons[0]
+    assert "k_pe has shape" in result_of_pass(_key_of_two_heads, ops, with_slots=False).reasons[0]
 
 
 def _strided_positions(layer, positions, hidden, cos_sin_cache):
@@ -715,11 +720,8 @@ def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
 
 
 def test_a_norm_before_a_rounding_stays(ops: fusion_pass.FusionOps) -> None:
-    the_pass = Pass(ops)
-    model = compiled(mla_layer.Projections(_latent_through_fp8, "native"), the_pass)
-    positions, hidden, cos_sin_cache, slots = inputs()
-    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
-    assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
+    result = result_of_pass(_latent_through_fp8, ops)
+    assert (result.fused, result.with_norm) == (1, 0)
 
 
 def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:

@@ -74,6 +74,13 @@ def is_built(target: Target) -> bool:
     return _find_finished(target) is not None
 
 
+def built_targets() -> list[Target]:
+    """What the cache has builds for, finished or damaged, of any sources."""
+    labels = {_manifest(path.parent)["target"] for path in cache_dir().glob("*/manifest.json")}
+    parts = [label.split("-") for label in sorted(labels)]
+    return [Target(backend, tuple(archs)) for backend, *archs in parts]
+
+
 def build(
     target: Target,
     say: Callable[[str], None] = logger.info,
@@ -102,16 +109,18 @@ def build(
         finished = _find_finished(target)
         if finished:
             return finished
-        final = root / f"{target}-{_sources_digest(target)}-{_digest(tools.versions(), 8)}"
+        compilers = tools.versions()
+        final = root / f"{target}-{_sources_digest(target)}-{_digest(compilers, 8)}"
         _raise_known_failure(_failure_log(final), waited_since, failure_lasts)
         sweep(root)
-        return _build_locked(final, target, tools, say, progress)
+        return _build_locked(final, target, tools, compilers, say, progress)
 
 
 def _build_locked(
     final: Path,
     target: Target,
     tools: Toolchain,
+    compilers: dict[str, str],
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
 ) -> Path:
@@ -130,7 +139,7 @@ def _build_locked(
             **_library_facts(result / LIBRARY),
             "target": str(target),
             "sources": _sources_digest(target),
-            "compilers": tools.versions(),
+            "compilers": compilers,
             "signature": toolchain.signature(target.backend),
             "seconds": round(time.monotonic() - began, 1),
         }

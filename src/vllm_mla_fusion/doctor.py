@@ -4,7 +4,6 @@
 import difflib
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -197,7 +196,7 @@ def _cache() -> Iterator[Check]:
 def _kernel() -> Iterator[Check]:
     wanted = target.detect_target()
     if target.lacks_gpu():
-        built = ", ".join(_built_targets()) or "nothing"
+        built = ", ".join(str(each) for each in build.built_targets() if _built(each)) or "nothing"
         detail = f"no GPU tells which architecture is needed; built so far: {built}"
         yield Check("kernel", "note", detail, f"For an image: {target.BUILD_AHEAD}")
         return
@@ -210,13 +209,6 @@ def _kernel() -> Iterator[Check]:
         yield Check("kernel", "note", f"not built for {wanted}", "First get what is missing above.")
         return
     yield Check("kernel", "ok", f"not built yet for {wanted}; the first start does it, or now: vllm-mla-fusion build")
-
-
-def _built_targets() -> list[str]:
-    """What the cache has usable kernels for."""
-    labels = {json.loads(path.read_text())["target"] for path in cache.cache_dir().glob("*/manifest.json")}
-    targets = [(label, *label.split("-")) for label in sorted(labels)]
-    return [label for label, backend, *archs in targets if _built(target.Target(backend, tuple(archs)))]
 
 
 def _activation() -> Iterator[Check]:

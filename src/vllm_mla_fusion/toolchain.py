@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mla_fusion.build_error import BuildError
+from vllm_mla_fusion.release import release
 from vllm_mla_fusion.target import Backend
 
 DEFAULT_CUDA_HOME = Path("/usr/local/cuda")
@@ -70,7 +71,7 @@ def find_toolchain(backend: Backend) -> Toolchain:
     """
     import torch
 
-    if _release(torch.__version__) < OLDEST_TORCH:
+    if release(torch.__version__) < OLDEST_TORCH:
         wanted = ".".join(map(str, OLDEST_TORCH))
         raise BuildError(
             f"torch {wanted} or newer is needed (its stable C++ ABI), found {torch.__version__}.", TORCH_REMEDY
@@ -82,10 +83,6 @@ def find_toolchain(backend: Backend) -> Toolchain:
     if ninja is None:
         raise BuildError("ninja was found neither on PATH nor beside this Python.", NINJA_REMEDY)
     return Toolchain(cxx, ninja, None if backend == "cpu" else find_toolkit(backend))
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def find_cxx() -> str | None:
