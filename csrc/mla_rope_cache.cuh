@@ -293,27 +293,13 @@ __device__ __forceinline__ void store_key(const Params& p, int64_t row, int inde
 // One element of a row into the cache. Of fp8_ds_mla only the key's are stored one by one.
 template <typename Act>
 __device__ __forceinline__ void store_cache_element(const Params& p, int64_t row, int index, Act value, float scale) {
-  uint8_t* byte = static_cast<uint8_t*>(p.kv_cache) + row + index;
-  switch (p.cache_kind) {
-    case CacheKind::kCopy:
-      static_cast<Act*>(p.kv_cache)[row + index] = value;
-      return;
-    case CacheKind::kFp8DsMla:
-      if (index < p.lora_rank) return;
-      memcpy(static_cast<uint8_t*>(p.kv_cache) + row + kDsMlaKey + (index - p.lora_rank) * sizeof(Act), &value, sizeof(Act));
-      return;
-    case CacheKind::kFp8E4M3:
-      *byte = to_fp8<Fp8::kE4M3>(to_float(value) / scale);
-      return;
-    case CacheKind::kFp8E5M2:
-      *byte = to_fp8<Fp8::kE5M2>(to_float(value) / scale);
-      return;
-    case CacheKind::kFp8E4M3Fnuz:
-      if constexpr (kHasFnuz) *byte = to_fp8<Fp8::kE4M3Fnuz>(to_float(value) / scale);
-      return;
-    case CacheKind::kFp8E5M2Fnuz:
-      if constexpr (kHasFnuz) *byte = to_fp8<Fp8::kE5M2Fnuz>(to_float(value) / scale);
-      return;
+  uint8_t* bytes = static_cast<uint8_t*>(p.kv_cache) + row;
+  if (p.cache_kind == CacheKind::kCopy) {
+    static_cast<Act*>(p.kv_cache)[row + index] = value;
+  } else if (p.cache_kind != CacheKind::kFp8DsMla) {
+    bytes[index] = static_cast<uint8_t>(to_fp8_pair(p.cache_kind, to_float(value) / scale, 0.0f));
+  } else if (index >= p.lora_rank) {
+    memcpy(bytes + kDsMlaKey + (index - p.lora_rank) * sizeof(Act), &value, sizeof(Act));
   }
 }
 
@@ -493,16 +479,21 @@ __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT 
 // The latent of a row of fp8_ds_mla at any alignment, by one group of lanes.
 template <typename Act>
 __device__ __forceinline__ void store_ds_mla_tiles(uint8_t* row, const Act* kv_c, int lane) {
+#pragma unroll 1
   for (int start = 0; start < kDsMlaLoraRank; start += kDsMlaTile) {
     float largest = 0.0f;
     for (int i = start + lane; i < start + kDsMlaTile; i += kLanes) largest = fmaxf(largest, fabsf(to_float(kv_c[i])));
     const float scale = ds_mla_scale(max_over_lanes<kLanes>(largest));
-    for (int i = start + lane; i < start + kDsMlaTile; i += kLanes) row[i] = to_fp8<Fp8::kE4M3>(to_float(kv_c[i]) / scale);
+#pragma unroll 1
+    for (int i = start + lane; i < start + kDsMlaTile; i += kLanes) {
+      row[i] = static_cast<uint8_t>(to_fp8_pair<Fp8::kE4M3>(to_float(kv_c[i]) / scale, 0.0f));
+    }
     if (lane == 0) memcpy(row + kDsMlaScales + start / kDsMlaTile * 4, &scale, sizeof(scale));
   }
 }
 
-// Any rot_dim, lora_rank, stride and alignment, one element at a time; a block is one token.
+// Any rot_dim, lora_rank, stride and alignment, one element at a time; a block is one token. Loops that store stay
+// rolled: the next loads must wait for them anyway, and unrolled they made every build longer.
 template <typename Act>
 __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
   overlap_with_neighbours();
@@ -523,6 +514,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
   };
 
   // Head num_heads is the key.
+#pragma unroll 1
   for (int i = threadIdx.x; i < (p.num_heads + 1) * half; i += blockDim.x) {
     const int head = i / half;
     const int pair = i - head * half;
@@ -547,6 +539,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
   }
   const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
   if (p.kv_c_weight == nullptr && !is_ds_mla) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.lora_rank; i += blockDim.x) cache_at(i, kv_c[i]);
     return;
   }
@@ -557,6 +550,7 @@ __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_
     for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) sum += to_float(kv_c[i]) * to_float(kv_c[i]);
     const float inverse_rms = rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
     Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
+#pragma unroll 1
     for (int i = threadIdx.x; i < p.lora_rank; i += kLanes) {
       out[i] = from_float<Act>(to_float(kv_c[i]) * inverse_rms * to_float(static_cast<const Act*>(p.kv_c_weight)[i]));
       cache_at(i, out[i]);

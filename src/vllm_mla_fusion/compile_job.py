@@ -24,6 +24,9 @@ def main(job: Path) -> None:
     from torch.utils import cpp_extension
 
     cpp_extension.load(**json.loads(job.read_text()), is_python_module=False, verbose=True)
+    # Tidying torch up would take a fifth of a second.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
