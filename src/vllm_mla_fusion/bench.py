@@ -8,6 +8,8 @@ launch gaps count, the host does not. Inputs exceed the L2 cache together where 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -24,6 +26,7 @@ from vllm_mla_fusion import __version__, compat, kernel
 
 TOKENS = (1, 8, 64, 256, 1024, 4096, 8192)
 HEADS = (16, 128)
+VARIANT_TOKENS, VARIANT_HEADS = (64, 4096), (16,)
 KV_CACHE_DTYPES = ("auto", "fp8")
 ROT_DIM, LORA_RANK, NOPE_DIM, Q_LORA_RANK, BLOCK_SIZE = 64, 512, 128, 1536, 64
 _MAX_CALLS, _MIN_CALLS, _MAX_SETS, _MAX_BYTES = 200, 20, 64, 8 << 30
@@ -63,6 +66,11 @@ class Row:
     ours: float
     stock_fused: float | None = None
     stock_unfused: float | None = None
+
+    @property
+    def times_as_fast(self) -> float | None:
+        """Stock fused over ours."""
+        return self.stock_fused / self.ours if self.stock_fused else None
 
     def bandwidth_share(self, copy_bandwidth: float) -> float:
         return self.cell.bytes_moved / (self.ours * 1e-6) / copy_bandwidth
@@ -225,31 +233,27 @@ def run(cells: list[Cell], replays: int, say: Callable[[str], None] = print) -> 
     return report
 
 
-def grid() -> list[Cell]:
-    """The cells of the README's table."""
-    return [Cell(t, h, d) for d in KV_CACHE_DTYPES for h in HEADS for t in TOKENS]
+def grid(tokens: Sequence[int] = TOKENS, heads: Sequence[int] = HEADS) -> list[Cell]:
+    """The cells of the README's table, or those of other sizes."""
+    return [Cell(t, h, d) for d in KV_CACHE_DTYPES for h in heads for t in tokens]
 
 
-def variants() -> list[Cell]:
-    """The other pairings and types at a small and a large size."""
+def variants(tokens: Sequence[int] = VARIANT_TOKENS, heads: Sequence[int] = VARIANT_HEADS) -> list[Cell]:
+    """The other pairings and types, each at each size."""
     cells = []
-    for tokens in (64, 4096):
-        base = Cell(tokens, 16)
-        cells += [
-            base,
-            Cell(tokens, 16, is_neox=True),
-            Cell(tokens, 16, dtype=torch.float16, cos_sin_dtype=torch.float16),
-        ]
-        cells += [Cell(tokens, 16, cos_sin_dtype=torch.float32), Cell(tokens, 16, "fp8"), Cell(tokens, 16, "fp8_e5m2")]
-        cells += [Cell(tokens, 16, norm=True), Cell(tokens, 16, "fp8", norm=True)]
+    for t, h in itertools.product(tokens, heads):
+        cells += [Cell(t, h), Cell(t, h, is_neox=True), Cell(t, h, dtype=torch.float16, cos_sin_dtype=torch.float16)]
+        cells += [Cell(t, h, cos_sin_dtype=torch.float32), Cell(t, h, "fp8"), Cell(t, h, "fp8_e5m2")]
+        cells += [Cell(t, h, norm=True), Cell(t, h, "fp8", norm=True)]
     return cells
 
 
-_HEADER = ("tokens", "heads", "KV", "variant", "stock unfused", "stock fused", "ours", "ours / fused", "of copy")
+_RATIO = "times as fast as fused"
+_HEADER = ("tokens", "heads", "KV", "variant", "stock unfused", "stock fused", "ours", _RATIO, "of copy")
 
 
 def _cells(row: Row, report: Report) -> tuple[str, ...]:
-    def micros(value: float | None) -> str:
+    def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
 
     cell = row.cell
@@ -258,11 +262,10 @@ def _cells(row: Row, report: Report) -> tuple[str, ...]:
         variant.append("fp32 cos/sin")
     if cell.norm:
         variant.append("with norm")
-    ratio = f"{row.stock_fused / row.ours:.2f}x" if row.stock_fused else "-"
     share = f"{row.bandwidth_share(report.copy_bandwidth):.0%}"
     return (
         str(cell.num_tokens), str(cell.num_heads), cell.kv_cache_dtype, " ".join(variant),
-        micros(row.stock_unfused), micros(row.stock_fused), micros(row.ours), ratio, share,
+        number(row.stock_unfused), number(row.stock_fused), number(row.ours), number(row.times_as_fast), share,
     )  # fmt: skip
 
 
@@ -271,8 +274,8 @@ def _line(row: Row, report: Report) -> str:
 
 
 def geometric_mean(report: Report) -> float | None:
-    """Stock fused over ours, over all rows that have both."""
-    ratios = [row.stock_fused / row.ours for row in report.rows if row.stock_fused]
+    """Of `times_as_fast`, over all rows that have it."""
+    ratios = [row.times_as_fast for row in report.rows if row.times_as_fast]
     return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
 
@@ -282,7 +285,7 @@ def markdown(report: Report) -> str:
     lines = [
         f"{report.gpu}; {versions}; microseconds per call, CUDA graph, median of {report.replays} replays; one-element "
         f"kernel {report.floor:.2f} us, device copy {report.copy_bandwidth / 1e12:.2f} TB/s"
-        + (f"; geometric mean of stock fused / ours {mean:.2f}" if mean else "")
+        + (f"; geometric mean: {mean:.2f} {_RATIO}" if mean else "")
         + ".",
         "",
         "| " + " | ".join(_HEADER) + " |",
@@ -292,8 +295,17 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_json(report: Report) -> dict[str, Any]:
+    """The report with what follows from it: the ratio and the share of the copy bandwidth per row, the mean ratio."""
+    data = asdict(report) | {"geometric_mean": geometric_mean(report)}
+    for row, found in zip(report.rows, data["rows"], strict=True):
+        found["times_as_fast_as_fused"] = row.times_as_fast
+        found["of_copy_bandwidth"] = row.bandwidth_share(report.copy_bandwidth)
+    return data
+
+
 def plot(report: Report, path: Path) -> None:
-    """One panel per number of heads: time over tokens, ours and stock, with the floor."""
+    """One panel per number of heads: time over tokens in the grid's cells, ours and stock, with the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -323,28 +335,45 @@ def save(report: Report, folder: Path, draw: bool) -> None:
     """Writes kernel.md, kernel.json and, if asked, kernel.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "kernel.md").write_text(markdown(report))
-    (folder / "kernel.json").write_text(json.dumps(asdict(report), indent=1, default=str))
+    (folder / "kernel.json").write_text(json.dumps(as_json(report), indent=1, default=str))
     if draw:
         plot(report, folder / "kernel.png")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, such as 64, got {text!r}")
+    return int(text)
+
+
+def _no_plot(options: argparse.Namespace) -> str:
+    """Why there will be no plot; empty if there will be one."""
+    if options.no_plot:
+        return "--no-plot"
+    if options.variants:
+        return "it shows sizes, not --variants; the table has them"
+    if importlib.util.find_spec("matplotlib") is None:
+        return "it needs matplotlib: pip install 'vllm-mla-fusion[bench]'"
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `vllm-mla-fusion bench`."""
     parser = argparse.ArgumentParser(prog="vllm-mla-fusion bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"default: {TOKENS}")
-    parser.add_argument("--heads", type=int, nargs="+", help=f"default: {HEADS}")
+    parser.add_argument("--tokens", type=_positive, nargs="+", help=f"default: {TOKENS}; variants {VARIANT_TOKENS}")
+    parser.add_argument("--heads", type=_positive, nargs="+", help=f"default: {HEADS}; variants {VARIANT_HEADS}")
     parser.add_argument("--variants", action="store_true", help="time the other pairings and types instead of the grid")
     parser.add_argument(
-        "--replays", type=int, default=30, help="graph replays per figure, of which the median is taken"
+        "--replays", type=_positive, default=30, help="graph replays per figure, of which the median is taken"
     )
     parser.add_argument("--out", type=Path, help="folder for kernel.md, kernel.json and kernel.png")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(arguments)
-    cells = [
-        cell
-        for cell in (variants() if options.variants else grid())
-        if cell.num_tokens in (options.tokens or TOKENS) and cell.num_heads in (options.heads or HEADS)
-    ]
+    sizes = {name: value for name in ("tokens", "heads") if (value := getattr(options, name))}
+    cells = variants(**sizes) if options.variants else grid(**sizes)
+    no_plot = _no_plot(options)
+    if options.out and no_plot:
+        print(f"There will be no kernel.png: {no_plot}.")
     try:
         report = run(cells, options.replays)
     except RuntimeError as error:
@@ -352,5 +381,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print("\n" + markdown(report))
     if options.out:
-        save(report, options.out, draw=not options.no_plot)
+        save(report, options.out, draw=not no_plot)
+        print(
+            f"Written: kernel.md and kernel.json in {options.out}; {f'no plot: {no_plot}' if no_plot else 'kernel.png'}"
+        )
     return 0

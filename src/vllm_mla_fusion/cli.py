@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``vllm-mla-fusion``: doctor, build, bench, clean."""
 
-import importlib
 import json
 import sys
 import textwrap
@@ -90,13 +89,8 @@ def _build_one(target: "Target") -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
     """Benchmark the kernel against the kernels it replaces; `bench --help` lists its options."""
-    try:
-        benchmark = importlib.import_module("vllm_mla_fusion.bench")
-    except ModuleNotFoundError as error:
-        raise click.ClickException(
-            f"The benchmark needs {error.name}, which is not installed.\n"
-            "What to do: pip install 'vllm-mla-fusion[bench]'"
-        ) from None
+    from vllm_mla_fusion import bench as benchmark
+
     sys.exit(benchmark.main(list(arguments)))
 
 
