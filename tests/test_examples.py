@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import decode_recording as made
@@ -358,3 +362,116 @@ def test_one_pair_has_no_interval() -> None:
 
 def test_interval_is_students() -> None:
     assert benchmark_serving.t_quantile(4) == pytest.approx(2.776, abs=1e-3)
+
+
+def test_a_metric_without_figures_is_left_out() -> None:
+    """TPOT of one token per request is 0."""
+    change = benchmark_serving.compare(TPOT, pairs(TPOT.key, [0, 0], [0, 0]))
+    assert (change.percent, change.interval, change.verdict) == (None, None, "-")
+    assert benchmark_serving.changes_table([change]).endswith(
+        "| TPOT | 0.00 (0.00 to 0.00) | 0.00 (0.00 to 0.00) | - | - | - |"
+    )
+
+
+def serving_args(monkeypatch: pytest.MonkeyPatch, *words: object) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["benchmark_serving.py", "--model", "m", *map(str, words)])
+    return benchmark_serving.parse_args()
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modes in which servers were started; none is real."""
+    started = []
+
+    @contextlib.contextmanager
+    def pretend(model: str, mode: str, args: list[str], log: Path) -> Iterator[_common.Server]:
+        started.append(mode)
+        log.write_text("MLA fusion 0.1.0 (cpu): 6 of 6 MLA layers fused.\n" if mode == "strict" else "")
+        yield _common.Server(f"http://{mode}", log, None)
+
+    monkeypatch.setattr(benchmark_serving, "running_server", pretend)
+    return started
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The result files of all runs of `vllm bench serve`; each run is 0.2 % more than the one before, TPOT is 0."""
+    files: list[str] = []
+
+    def pretend(command: list[str], env: dict[str, str], log: Path) -> None:
+        option = dict(itertools.pairwise(command))
+        files.append(option["--result-filename"])
+        figures = {metric.key: 10 * 1.002 ** len(files) for metric in benchmark_serving.METRICS}
+        data = {**figures, "mean_tpot_ms": 0, "completed": int(option["--num-prompts"])}
+        (Path(option["--result-dir"]) / files[-1]).write_text(json.dumps(data))
+
+    monkeypatch.setattr(benchmark_serving, "run_logged", pretend)
+    return files
+
+
+def test_drift_is_no_effect(
+    servers: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = serving_args(monkeypatch, "--both-up", "--out", tmp_path)
+    found = benchmark_serving.measure_pairs(args)
+    assert (len(found), servers) == (6, ["off", "strict"])
+    assert runs[2:6] == ["run_1_off.json", "run_1_on.json", "run_2_on.json", "run_2_off.json"]
+    for metric in benchmark_serving.METRICS[1:]:
+        change = benchmark_serving.compare(metric, found)
+        assert (change.verdict, round(change.percent, 6)) == ("within noise", 0)
+
+
+def test_serving_results_are_written(
+    servers: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line on, each run on a server of its own."""
+    serving_args(monkeypatch, "--repeats", 2, "--output-len", 1, "--out", tmp_path)
+    benchmark_serving.main()
+    assert servers == ["off", "strict", "strict", "off"]
+    assert runs[:2] == ["run_0_off.json", "run_1_off.json"], "a warm-up run on each server"
+    data = json.loads((tmp_path / "benchmark_serving.json").read_text())
+    assert data["plugin"] == "MLA fusion 0.1.0 (cpu): 6 of 6 MLA layers fused."
+    assert [change["percent"] is None for change in data["changes"]] == [True] + [False] * 6
+    assert data["pairs"][1]["on"]["median_itl_ms"] == pytest.approx(10 * 1.002**6)
+    markdown = (tmp_path / "benchmark_serving.md").read_text()
+    assert "6 metrics at 95 % each: were they independent, 26% of such benchmarks" in markdown
+    assert (
+        "2 pairs of interleaved runs after a warm-up run, each on a fresh server; 64 requests of 128 + 1 t" in markdown
+    )
+
+
+def test_incomplete_serving_run(servers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = serving_args(monkeypatch, "--out", tmp_path)
+    (tmp_path / "run_1_on.json").write_text('{"completed": 63}')
+    monkeypatch.setattr(benchmark_serving, "run_logged", lambda *arguments: None)
+    with pytest.raises(_common.ChildError, match=r"63 of 64 requests completed; see .*server\.log"):
+        benchmark_serving.measure(args, _common.Server("http://x", tmp_path / "server.log", None), "on", 1)
+
+
+def test_bench_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = serving_args(
+        monkeypatch, "--input-len", 7, "--tokenizer", "t", "--bench-args", "--burstiness 2 --ignore 'a b'"
+    )
+    words = benchmark_serving.bench_arguments(args, "http://x:1", 3, tmp_path / "run_3_on.json")
+    option = dict(itertools.pairwise(words))
+    assert (option["--base-url"], option["--model"], option["--tokenizer"]) == ("http://x:1", "bench", "t")
+    assert (option["--random-input-len"], option["--random-output-len"], option["--num-prompts"]) == ("7", "128", "64")
+    assert (option["--seed"], option["--temperature"], option["--num-warmups"]) == ("3", "0", "8")
+    assert (option["--result-dir"], option["--result-filename"]) == (str(tmp_path), "run_3_on.json")
+    assert "--ignore-eos" in words
+    assert "--save-result" in words
+    assert words[-4:] == ["--burstiness", "2", "--ignore", "a b"]
+
+
+# --- offline_inference ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.engine
+def test_offline_inference() -> None:
+    """As printed: both prompts with their continuations, fused."""
+    script = EXAMPLES / "offline_inference.py"
+    result = run(sys.executable, script, "--model", MODEL, VLLM_CPU_KVCACHE_SPACE="1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 MLA layers fused" in result.stdout + result.stderr
+    assert result.stdout.count("\nPrompt: ") == 2
+    assert "57" in result.stdout.split("\nOutput: ")[2]

@@ -382,7 +382,6 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n" + markdown(report))
     if options.out:
         save(report, options.out, draw=not no_plot)
-        print(
-            f"Written: kernel.md and kernel.json in {options.out}; {f'no plot: {no_plot}' if no_plot else 'kernel.png'}"
-        )
+        ending = f"no plot: {no_plot}" if no_plot else "kernel.png"
+        print(f"Written to {options.out}: kernel.md, kernel.json; {ending}.")
     return 0
