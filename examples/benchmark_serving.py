@@ -226,8 +226,8 @@ def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict
     lines = [
         changes_table(changes),
         "",
-        f"{compared} metrics at 95 % each: were they independent, {1 - 0.95**compared:.0%} of such benchmarks would call "
-        "one of them better or worse by chance alone.",
+        f"{compared} metrics at 95 % each: were they independent, {1 - 0.95**compared:.0%} of such benchmarks would "
+        "call one of them better or worse by chance alone.",
         f"{len(pairs)} pairs of interleaved runs after a warm-up run, "
         f"{'both servers up' if args.both_up else 'each on a fresh server'}; "
         f"{args.num_prompts} requests of {args.input_len} + {args.output_len} tokens, "

@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-MODEL = Path(os.environ.get("MLA_FUSION_TEST_MODEL", Path(__file__).parents[2] / "shared" / "models" / "tiny-mla"))
+MODEL = Path(os.environ.get("MLA_TEST_MODEL", Path(__file__).parents[2] / "shared" / "models" / "tiny-mla"))
 
 
 def rows(name: str) -> list[dict[str, str]]:
