@@ -269,6 +269,9 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
     p.block_shift = log2_or_minus_one(p.block_size);
     p.cache_block_stride = kv_cache.stride(0);
     p.cache_row_stride = kv_cache.stride(1);
+  } else {
+    // Nothing is quantised, and there is no scale to read.
+    p.cache_kind = CacheKind::kCopy;
   }
   if (num_tokens == 0) return;
 

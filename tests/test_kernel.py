@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from reference import (
@@ -40,6 +42,8 @@ CASES = [
     V3_RANK.but(cos_sin_pad=1, key_extra=3, kv_cache_dtype="fp8"),
     V2_LITE.but(num_slots=20, padding=4),
     V2_LITE.but(num_slots=0),
+    V2_LITE.but(num_slots=0, kv_cache_dtype="fp8"),
+    V2_LITE.but(num_slots=0, kv_cache_dtype="fp8", rot_dim=30),
     V2_LITE.but(is_neox=True),
     V3_RANK.but(cos_sin_dtype=torch.float32),
     V3_RANK.but(cos_sin_dtype=torch.float32, is_neox=True, kv_cache_dtype="fp8"),
@@ -88,6 +92,8 @@ NORM_CASES = [
     V3_RANK.but(norm=True, num_tokens=300, num_heads=128, padding=3, epsilon=0.5, cos_sin_pad=8, key_extra=8),
     V2_LITE.but(norm=True, dtype=torch.float16, kv_cache_dtype="fp8_e5m2", cos_sin_dtype=torch.float32),
     V2_LITE.but(norm=True, is_neox=True, lora_rank=1536, num_slots=0),
+    V2_LITE.but(norm=True, kv_cache_dtype="fp8", num_slots=0),
+    V2_LITE.but(norm=True, kv_cache_dtype="fp8_ds_mla", num_slots=0),
     V2_LITE.but(norm=True, lora_rank=256, rot_dim=32, kv_cache_dtype="fp8", scale=1.9),
     V2_LITE.but(norm=True, lora_rank=100, rot_dim=6, row_pad=3, epsilon=0.5),  # the general path
     V2_LITE.but(norm=True, dtype=torch.float32, kv_cache_dtype="fp8"),
@@ -131,9 +137,10 @@ def test_no_tokens(device: str) -> None:
     assert torch.equal(result.cache_storage.view(torch.uint8), inputs.cache_storage.view(torch.uint8))
 
 
+@pytest.mark.parametrize("changes", [{}, {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8", "rot_dim": 30}])
 @pytest.mark.parametrize("device", DEVICES)
-def test_empty_cache_rotates_only(device: str) -> None:
-    inputs = make_inputs(V2_LITE, device)
+def test_empty_cache_rotates_only(device: str, changes: dict[str, Any]) -> None:
+    inputs = make_inputs(V2_LITE.but(**changes), device)
     inputs.kv_cache = inputs.kv_cache.new_empty(0)
     result = inputs.clone()
     result.kv_cache = inputs.kv_cache
