@@ -667,7 +667,7 @@ def test_clean_removes_kernels_and_leftovers_but_nothing_else(library, root):
 
 def foreign_things(root: Path) -> list[str]:
     """What other programs may keep in a directory that MLA_FUSION_CACHE_DIR names."""
-    folders = [".build-docs", ".mla-fusion-build-notes", "web-app", "cpu-kernels", "cuda-9.0-0123456789abcdef-none"]
+    folders = [".build-docs", ".mla-fusion-build-my_notes", "web-app", "cpu-kernels", "cuda-9.0-0123456789abcdef-none"]
     for name in folders:
         (root / name).mkdir(parents=True)
         (root / name / "manifest.json").write_text("{}")

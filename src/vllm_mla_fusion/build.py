@@ -4,8 +4,8 @@
 A library lives in ``<cache>/<target>-<sources>-<compilers>/``: ``mla_fusion.so``, ``manifest.json``, ``build.log``.
 ``<sources>`` covers csrc/, flags, torch, CUDA/HIP and this package; ``<compilers>`` what the compilers say they are.
 A warm start runs no compiler: a manifest holds the `toolchain.signature` it was built under, and if that is unchanged
-so are the compilers. On a machine without compilers every finished build of the same sources will do. A
-build for more architectures than are wanted serves too.
+so are the compilers. On a machine without compilers every finished build of the same sources will do.
+A build for more architectures than are wanted serves too.
 """
 
 import contextlib
