@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_mla_fusion import build, cache, compiling, toolchain
+from vllm_mla_fusion import build, cache, compiling, kernel, toolchain
 from vllm_mla_fusion.build import BuildError, Target
 
 CPU = Target("cpu")
@@ -81,6 +82,17 @@ def answer(library: Path) -> int:
 
 def leftovers(root: Path) -> list[str]:
     return [path.name for path in root.iterdir() if path.name.startswith(cache.WORK_DIRS)]
+
+
+def prebuild(root: Path, target: Target, sources: str | None = None) -> Path:
+    """A sound build of other compilers, as one that was copied here; never loaded."""
+    entry = root / f"{target}-{sources or build._sources_digest(target)}-01234567"
+    entry.mkdir(parents=True, mode=0o700)
+    library = entry / build.LIBRARY
+    library.write_bytes(str(target).encode())
+    manifest = {**build._library_facts(library), "target": str(target), "compilers": {}, "signature": {}}
+    (entry / "manifest.json").write_text(json.dumps(manifest))
+    return library
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -221,6 +233,57 @@ def test_an_edited_source_is_built(library, csrc):
     assert answer(build.build(CPU)) == 7
 
 
+def test_a_build_for_more_architectures_serves(root, monkeypatch):
+    root.mkdir(mode=0o700)
+    hopper, both = Target("cuda", ("9.0",)), Target("cuda", ("10.0", "9.0"))
+    library = prebuild(root, both)
+    assert build.build(hopper) == build.library_path(hopper) == library
+    assert f"{both}-{build.fingerprint(hopper)}" == library.parent.name
+    exact = prebuild(root, hopper)
+    assert build.build(hopper) == exact
+    assert build.build(both) == library
+    monkeypatch.setattr(toolchain, "signature", lambda backend: {})
+    assert build.build(hopper) == exact
+
+
+def test_a_build_that_lacks_an_architecture_or_is_of_other_sources_does_not_serve(root):
+    root.mkdir(mode=0o700)
+    hopper, both = Target("cuda", ("9.0",)), Target("cuda", ("10.0", "9.0"))
+    prebuild(root, hopper)
+    assert not build.is_built(both)
+    assert not build.is_built(Target("cuda", ("10.0",)))
+    assert not build.is_built(Target("rocm", ("9.0",)))
+    shutil.rmtree(root)
+    # The address of the wanted target instead of the build's own.
+    prebuild(root, both, build._sources_digest(hopper))
+    prebuild(root, both, "0" * 16)
+    assert not build.is_built(hopper)
+    with pytest.raises(BuildError, match=r"`vllm-mla-fusion build --arch 10\.0,9\.0` where all is there"):
+        build.build(both)
+
+
+def test_built_targets_are_told_by_the_names_of_our_own_directories(root):
+    assert build.built_targets() == []
+    both = Target("cuda", ("10.0", "9.0"))
+    half_a_manifest(prebuild(root, both))
+    (prebuild(root, CPU).parent / "manifest.json").unlink()
+    foreign = prebuild(root, Target("rocm", ("gfx942",))).parent
+    foreign.rename(root / "my-project")
+    assert build.built_targets() == [CPU, both]
+
+
+def test_a_library_that_does_not_load_says_why(library, monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_ARCH", "cpu")
+    library.write_text("no machine code, but just as it was built\n" * 9)
+    manifest = library.parent / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **build._library_facts(library)}))
+    with pytest.raises(
+        BuildError, match=rf"^The built kernel {library} does not load: .*invalid ELF header"
+    ) as failure:
+        kernel.load.__wrapped__()
+    assert "`vllm-mla-fusion clean`, then `vllm-mla-fusion build`" in failure.value.remedy
+
+
 # ---- cache directory ------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +404,13 @@ def test_ninja_off_path_is_found_in_its_wheel(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tools))
     assert shutil.which("ninja") is None
     assert answer(build.build(CPU)) == 42
+
+
+def test_too_old_a_torch_is_not_to_be_used_for_a_prebuild(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.10.1")
+    with pytest.raises(BuildError, match=r"torch 2\.11 or newer is needed") as failure:
+        build.build(CPU)
+    assert failure.value.remedy == toolchain.TORCH_REMEDY
 
 
 def test_no_ninja(monkeypatch, tmp_path):
@@ -587,11 +657,39 @@ def test_a_killed_builders_directory_is_removed_and_its_lock_is_free(root, gate)
 
 
 def test_clean_removes_kernels_and_leftovers_but_nothing_else(library, root):
-    (root / f"{cache.WORK_DIRS}cpu-host-1-x").mkdir()
-    (root / "notes.txt").write_text("mine")
+    strangers = foreign_things(root)
+    (root / f"{cache.work_dir_prefix('cuda-9.0')}x_1").mkdir()
+    (root / f"{library.parent.name}{cache.FAILURE_LOG}").write_text("")
     assert cache.clean(root, print) == 1
-    assert sorted(path.name for path in root.iterdir()) == ["lock", "notes.txt"]
+    assert sorted(path.name for path in root.iterdir()) == sorted(["lock", *strangers])
     assert cache.clean(root / "absent", print) == 0
+
+
+def foreign_things(root: Path) -> list[str]:
+    """What other programs may keep in a directory that MLA_FUSION_CACHE_DIR names."""
+    folders = [".build-docs", ".mla-fusion-build-my_notes", "web-app", "cpu-kernels", "cuda-9.0-0123456789abcdef-none"]
+    for name in folders:
+        (root / name).mkdir(parents=True)
+        (root / name / "manifest.json").write_text("{}")
+    (root / "nightly.failed.log").write_text("theirs")
+    return [*folders, "nightly.failed.log"]
+
+
+def test_a_build_leaves_foreign_things_alone(root):
+    strangers = foreign_things(root)
+    root.chmod(0o700)
+    own = root / f"{cache.work_dir_prefix('cpu')}y"
+    own.mkdir()
+    build.build(CPU)
+    assert all((root / name).exists() for name in strangers)
+    assert not own.exists()
+
+
+def test_a_waiting_process_names_the_builder_and_tolerates_other_names(root):
+    foreign_things(root)
+    assert cache._builder(root) == "another process that uses the kernel cache"
+    (root / f"{cache.work_dir_prefix('cuda-9.0')}x_1").mkdir()
+    assert cache._builder(root) == f"process {os.getpid()} on {socket.gethostname()} to build the cuda-9.0 kernel"
 
 
 def test_child_finds_what_this_process_finds(tmp_path):

@@ -285,6 +285,8 @@ def test_build_says_progress_path_and_time_then_clean():
     assert re.search(rf"cpu: {library} \(\d+\.\d s\)", result.output)
     assert library.exists()
     assert "[2/2]" not in run("build", "--arch", "cpu").output
+    (library.parent / "build.log").unlink()
+    assert run("build").exit_code == 0
     assert "removed 1 built kernel from" in run("clean").output
     assert not library.exists()
     assert "removed 0 built kernels from" in run("clean").output
@@ -302,6 +304,12 @@ def test_build_compiles_each_architecture_by_itself(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "build", pretend)
     assert run("build", "--arch", "9.0", "--arch", "10.0", "--arch", "9.0").exit_code == 0
     assert asked == ["cuda-9.0", "cuda-10.0"]
+    assert run("build", "--arch", "9.0,10.0").exit_code == 0
+    assert asked[2:] == ["cuda-10.0-9.0"], "one library for both"
+    result = run("build", "--arch", "10.0a,9.0a")
+    assert result.exit_code == 1
+    assert "Architecture '10.0a,9.0a' has a suffix" in result.output
+    assert "Give 10.0,9.0." in result.output
 
 
 def test_build_without_a_gpu_asks_for_the_architecture(monkeypatch, tmp_path):

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,9 +194,35 @@ def test_no_gpu_and_cpu_torch_give_the_cpu_target(monkeypatch):
     assert detect_target() == Target("cpu")
 
 
-def test_detection_starts_no_cuda(cuda_torch):
-    detect_target()
-    assert not torch.cuda.is_initialized()
+# A driver with one H100, and CUDA's own library, which ends the process that initialises it.
+DRIVER = """
+#include <stdlib.h>
+#include <string.h>
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 1; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) { *handle = 0; return index != 0; }
+int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) { *major = 9; *minor = 0; return 0; }
+int nvmlDeviceGetUUID(void *gpu, char *uuid, unsigned size) { strcpy(uuid, "GPU-aa11"); return 0; }
+int nvmlDeviceGetName(void *gpu, char *name, unsigned size) { strcpy(name, "H100"); return 0; }
+int cuInit(unsigned flags) { abort(); }
+"""
+DETECT = """
+import torch
+from vllm_mla_fusion.target import detect_target
+torch.version.cuda, torch.version.hip = "13.0", None
+print(detect_target(), "libcuda" in open("/proc/self/maps").read(), torch.cuda.is_initialized())
+"""
+
+
+def test_detection_starts_no_cuda(tmp_path):
+    """The real path through NVML in a process of its own, where CUDA could be had."""
+    for name in ("libnvidia-ml.so.1", "libcuda.so.1"):
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tmp_path / name)]
+        subprocess.run(command, input=DRIVER, text=True, check=True, env={"PATH": "/usr/local/bin:/usr/bin:/bin"})
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", DETECT], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["cuda-9.0", "False", "False"]
 
 
 def test_nvml_absent_is_no_error(monkeypatch):
@@ -223,6 +252,9 @@ def test_arch_override(cuda_torch, monkeypatch):
     assert detect_target() == Target("cpu")
     monkeypatch.setenv("MLA_FUSION_ARCH", "hopper")
     with pytest.raises(BuildError, match=r"MLA_FUSION_ARCH: Unknown architecture 'hopper'(?s:.*)9\.0 \(H100\)"):
+        detect_target()
+    monkeypatch.setenv("MLA_FUSION_ARCH", "9.0a")
+    with pytest.raises(BuildError, match=r"MLA_FUSION_ARCH: Architecture '9\.0a' has a suffix(?s:.*)Give 9\.0\."):
         detect_target()
     with pytest.raises(BuildError, match="needs a torch built for rocm"):
         parse_arch("gfx942")

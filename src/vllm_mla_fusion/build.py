@@ -5,6 +5,7 @@ A library lives in ``<cache>/<target>-<sources>-<compilers>/``: ``mla_fusion.so`
 ``<sources>`` covers csrc/, flags, torch, CUDA/HIP and this package; ``<compilers>`` what the compilers say they are.
 A warm start runs no compiler: a manifest holds the `toolchain.signature` it was built under, and if that is unchanged
 so are the compilers. On a machine without compilers every finished build of the same sources will do.
+A build for more architectures than are wanted serves too.
 """
 
 import contextlib
@@ -18,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vllm_mla_fusion import __version__, toolchain
 from vllm_mla_fusion.build_error import BuildError
 from vllm_mla_fusion.cache import (
+    FAILURE_LOG,
     build_lock,
+    builds,
     cache_dir,
     check_private,
     explain_os_errors,
@@ -41,8 +44,8 @@ from vllm_mla_fusion.compiling import (
     cxx_flags,
     device_flags,
 )
-from vllm_mla_fusion.target import Target, detect_target
-from vllm_mla_fusion.toolchain import Toolchain, find_toolchain
+from vllm_mla_fusion.target import Backend, Target, detect_target
+from vllm_mla_fusion.toolchain import Toolchain, check_torch, find_toolchain
 
 __all__ = ["BuildError", "Target", "build", "cache_dir", "csrc_dir", "detect_target", "fingerprint", "library_path"]
 
@@ -56,7 +59,7 @@ def fingerprint(target: Target) -> str:
     """
     finished = _find_finished(target)
     if finished:
-        return finished.parent.name.removeprefix(f"{target}-")
+        return "-".join(finished.parent.name.split("-")[-2:])
     try:
         compilers = _digest(find_toolchain(target.backend).versions(), 8)
     except BuildError:
@@ -66,7 +69,7 @@ def fingerprint(target: Target) -> str:
 
 def library_path(target: Target) -> Path:
     """Where the finished library is, or would be."""
-    return cache_dir() / f"{target}-{fingerprint(target)}" / LIBRARY
+    return _find_finished(target) or cache_dir() / f"{target}-{fingerprint(target)}" / LIBRARY
 
 
 def is_built(target: Target) -> bool:
@@ -76,9 +79,13 @@ def is_built(target: Target) -> bool:
 
 def built_targets() -> list[Target]:
     """What the cache has builds for, finished or damaged, of any sources."""
-    labels = {_manifest(path.parent)["target"] for path in cache_dir().glob("*/manifest.json")}
-    parts = [label.split("-") for label in sorted(labels)]
-    return [Target(backend, tuple(archs)) for backend, *archs in parts]
+    return [_target(label) for label in sorted({name["target"] for name in builds(cache_dir()).values()})]
+
+
+def _target(label: str) -> Target:
+    """The target of which ``label`` is the text."""
+    backend, *archs = label.split("-")
+    return Target(cast(Backend, backend), tuple(archs))
 
 
 def build(
@@ -145,7 +152,7 @@ def _build_locked(
         }
         _write_synced(result / "manifest.json", json.dumps(manifest, indent=1))
         if final.exists():
-            say(f"replacing {final}: {_flaw(final, target)}")
+            say(f"replacing {final}: {_flaw(final)}")
             os.replace(final, work / "damaged")
         os.replace(result, final)
     except CompileFailed as failure:
@@ -162,12 +169,13 @@ def _build_locked(
 
 def _tools_or_explain(target: Target) -> Toolchain:
     """The compilers; without them, the error also names a finished build that cannot be used."""
+    check_torch()
     try:
         return find_toolchain(target.backend)
     except BuildError as error:
-        flaws = [f"{entry}: {flaw}" for entry in _entries(target) if (flaw := _flaw(entry, target))]
+        flaws = [f"{entry}: {flaw}" for entry in _entries(target) if (flaw := _flaw(entry))]
         unusable = f" A finished build exists but cannot be used: {'; '.join(flaws)}." if flaws else ""
-        prebuild = f"vllm-mla-fusion build --arch {target.archs[0] if target.archs else 'cpu'}"
+        prebuild = f"vllm-mla-fusion build --arch {','.join(target.archs) or 'cpu'}"
         raise BuildError(
             f"{error.problem}{unusable}",
             f"{error.remedy} Or run `{prebuild}` where all is there, with the same torch, and copy its cache "
@@ -176,7 +184,7 @@ def _tools_or_explain(target: Target) -> Toolchain:
 
 
 def _failure_log(final: Path) -> Path:
-    return final.with_name(f"{final.name}.failed.log")
+    return final.with_name(f"{final.name}{FAILURE_LOG}")
 
 
 def _raise_known_failure(log: Path, waited_since: float | None, failure_lasts: float) -> None:
@@ -197,7 +205,7 @@ def _find_finished(target: Target) -> Path | None:
         if not root.exists():
             return None
         check_private(root)
-        sound = {entry: _manifest(entry) for entry in _entries(target) if _flaw(entry, target) is None}
+        sound = {entry: _manifest(entry) for entry in _entries(target) if _flaw(entry) is None}
     if not sound:
         return None
     signature = toolchain.signature(target.backend)
@@ -207,23 +215,30 @@ def _find_finished(target: Target) -> Path | None:
     try:
         compilers = find_toolchain(target.backend).versions()
     except BuildError:
-        return next(reversed(sound)) / LIBRARY
+        return next(iter(sound)) / LIBRARY
     return next((entry / LIBRARY for entry, found in sound.items() if found["compilers"] == compilers), None)
 
 
 def _entries(target: Target) -> list[Path]:
-    """Directories of these sources and this target, one per set of compilers."""
-    return sorted(path for path in cache_dir().glob(f"{target}-{_sources_digest(target)}-*") if path.is_dir())
+    """Directories of these sources with all wanted architectures, those with no others first."""
+    found = []
+    for entry, name in builds(cache_dir()).items():
+        has = _target(name["target"])
+        fits = has.backend == target.backend and set(has.archs) >= set(target.archs)
+        if fits and name["sources"] == _sources_digest(has):
+            found.append((has != target, entry))
+    return [entry for _, entry in sorted(found)]
 
 
-def _flaw(entry: Path, target: Target) -> str | None:
+def _flaw(entry: Path) -> str | None:
     """What is wrong with a finished build; None if it can be loaded."""
     try:
         manifest = _manifest(entry)
         facts = _library_facts(entry / LIBRARY)
     except (OSError, ValueError) as error:
         return f"unreadable ({error})"
-    if manifest.get("target") != str(target) or manifest.get("machine") != facts["machine"]:
+    label = entry.name.rsplit("-", 2)[0]
+    if manifest.get("target") != label or manifest.get("machine") != facts["machine"]:
         return f"is for {manifest.get('target')} on {manifest.get('machine')}"
     changed = [name for name in ("size", "sha256") if manifest.get(name) != facts[name]]
     return f"{LIBRARY} was changed or cut short ({', '.join(changed)})" if changed else None

@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import re
 import shutil
 import socket
 import stat
@@ -14,7 +15,11 @@ from pathlib import Path
 from vllm_mla_fusion.build_error import BuildError
 
 OTHER_DIR = "Set MLA_FUSION_CACHE_DIR to a directory that you own and others cannot write."
-WORK_DIRS = ".build-"
+WORK_DIRS = ".mla-fusion-build-"
+FAILURE_LOG = ".failed.log"
+# The cache directory may be one in which others keep things too: ours is what has a name of one of these two forms.
+BUILD_NAME = re.compile(r"(?P<target>(?:cpu|cuda|rocm)(?:-[\w.]+)*)-(?P<sources>[0-9a-f]{16})-[0-9a-f]{8}")
+WORK_NAME = re.compile(re.escape(WORK_DIRS) + r"(?P<label>[^_]+)_(?P<host>.+)-(?P<pid>\d+)-[^-]+")
 WAIT_NOTICE_SECONDS = 30.0
 BUILD_MEGABYTES = 20
 
@@ -126,18 +131,25 @@ def work_dir_prefix(label: str) -> str:
 
 
 def _builder(root: Path) -> str:
-    folders = sorted(root.glob(f"{WORK_DIRS}*"), key=lambda path: path.name)
-    if not folders:
-        return "another process that uses the kernel cache"
-    place, pid, _ = folders[-1].name.removeprefix(WORK_DIRS).rsplit("-", 2)
-    label, _, host = place.partition("_")
-    return f"process {pid} on {host} to build the {label} kernel"
+    for name in _names(root, WORK_NAME):
+        return f"process {name['pid']} on {name['host']} to build the {name['label']} kernel"
+    return "another process that uses the kernel cache"
+
+
+def builds(root: Path) -> dict[Path, re.Match[str]]:
+    """The directories of finished builds, sound or damaged, and their names in parts; none if there is no ``root``."""
+    return {folder: name for name in _names(root, BUILD_NAME) if (folder := root / name.string).is_dir()}
+
+
+def _names(root: Path, form: re.Pattern[str]) -> list[re.Match[str]]:
+    names = sorted(path.name for path in root.glob("*"))
+    return [match for name in names if (match := form.fullmatch(name))]
 
 
 def sweep(root: Path) -> None:
     """Removes what killed builders left. Only for the holder of the lock: nobody else builds then."""
-    for folder in root.glob(f"{WORK_DIRS}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in _names(root, WORK_NAME):
+        shutil.rmtree(root / name.string, ignore_errors=True)
 
 
 def clean(root: Path, say: Callable[[str], None]) -> int:
@@ -152,9 +164,10 @@ def clean(root: Path, say: Callable[[str], None]) -> int:
         check_private(root)
         with build_lock(root, say):
             sweep(root)
-            kernels = [path for path in root.iterdir() if (path / "manifest.json").exists()]
+            kernels = builds(root)
             for folder in kernels:
                 shutil.rmtree(folder)
-            for log in root.glob("*.failed.log"):
-                log.unlink()
+            for log in root.glob(f"*{FAILURE_LOG}"):
+                if BUILD_NAME.fullmatch(log.name.removesuffix(FAILURE_LOG)):
+                    log.unlink()
     return len(kernels)

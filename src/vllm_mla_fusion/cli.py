@@ -49,7 +49,13 @@ def doctor(as_json: bool, model: str | None) -> None:
 
 
 @main.command()
-@click.option("--arch", "archs", multiple=True, metavar="ARCH", help="9.0, 10.0, gfx942, cpu, ...; may be repeated.")
+@click.option(
+    "--arch",
+    "archs",
+    multiple=True,
+    metavar="ARCH",
+    help="9.0, 10.0, gfx942, cpu, ...; may be repeated. 9.0,10.0 is one kernel for both.",
+)
 def build(archs: tuple[str, ...]) -> None:
     """Build the kernel ahead of time, for the visible GPUs or for each ARCH (no GPU needed: container images)."""
     from vllm_mla_fusion.target import BUILD_AHEAD, detect_target, lacks_gpu, parse_arch
@@ -81,7 +87,8 @@ def _build_one(target: "Target") -> None:
         click.echo(f"  [{done}/{total}] {time.monotonic() - began:.1f} s")
 
     library = builder.build(target, say=click.echo, progress=step)
-    kernels = resources.summary((library.parent / "build.log").read_text())
+    log = library.parent / "build.log"
+    kernels = resources.summary(log.read_text()) if log.exists() else None
     click.echo(f"{target}: {library} ({time.monotonic() - began:.1f} s{'; ' + kernels if kernels else ''})")
 
 

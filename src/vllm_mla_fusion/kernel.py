@@ -50,6 +50,7 @@ from vllm_mla_fusion import activation, build
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
 FAILURE_LASTS_SECONDS = 120.0
+LOAD_REMEDY = "Run `vllm-mla-fusion clean`, then `vllm-mla-fusion build`, on this machine or in the image that serves."
 
 
 @functools.cache
@@ -60,7 +61,13 @@ def load() -> build.Target:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
     target = build.detect_target()
-    torch.ops.load_library(build.build(target, say=_say, failure_lasts=FAILURE_LASTS_SECONDS))
+    library = build.build(target, say=_say, failure_lasts=FAILURE_LASTS_SECONDS)
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise build.BuildError(
+            f"The built kernel {library} does not load: {error.__cause__ or error}", LOAD_REMEDY
+        ) from error
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
     return target
@@ -75,7 +82,7 @@ def failure() -> str | None:
     """Why the library cannot be used in this process; None if it is loaded. Asked again it answers the same."""
     try:
         load()
-    except (build.BuildError, OSError) as error:
+    except build.BuildError as error:
         return str(error)
     except Exception as error:
         # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.

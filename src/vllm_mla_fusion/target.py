@@ -60,8 +60,14 @@ def parse_arch(text: str) -> Target:
     Raises:
         BuildError: ``text`` is of no such form, or the installed torch is not of that backend.
     """
-    archs = tuple(sorted(filter(None, re.split(r"[,; ]+", text.strip()))))
-    forms: dict[Backend, str] = {"cuda": r"\d{1,2}\.\d[af]?", "rocm": r"gfx[0-9a-f]{3,4}"}
+    archs = tuple(sorted(set(filter(None, re.split(r"[,; ]+", text.strip())))))
+    plain = re.sub(r"(\d\.\d)[af]\b", r"\1", text)
+    if plain != text:
+        # No GPU is looked up by such a name, so nobody would ever find the library.
+        raise BuildError(
+            f"Architecture {text!r} has a suffix; the kernel uses nothing that needs it.", f"Give {plain}."
+        )
+    forms: dict[Backend, str] = {"cuda": r"\d{1,2}\.\d", "rocm": r"gfx[0-9a-f]{3,4}"}
     if archs == ("cpu",):
         return Target("cpu")
     backend = next((b for b, form in forms.items() if archs and all(re.fullmatch(form, a) for a in archs)), None)

@@ -63,11 +63,11 @@ class Toolchain:
         return found
 
 
-def find_toolchain(backend: Backend) -> Toolchain:
-    """Finds the tools of a build for ``backend``.
+def check_torch() -> None:
+    """Refuses a torch whose headers the kernel does not compile with.
 
     Raises:
-        BuildError: One is missing; says where it was looked for and how to get it.
+        BuildError: It is too old.
     """
     import torch
 
@@ -76,6 +76,15 @@ def find_toolchain(backend: Backend) -> Toolchain:
         raise BuildError(
             f"torch {wanted} or newer is needed (its stable C++ ABI), found {torch.__version__}.", TORCH_REMEDY
         )
+
+
+def find_toolchain(backend: Backend) -> Toolchain:
+    """Finds the tools of a build for ``backend``.
+
+    Raises:
+        BuildError: torch is too old, or a tool is missing; says where it was looked for and how to get it.
+    """
+    check_torch()
     cxx, ninja = find_cxx(), find_ninja()
     if cxx is None:
         tried = f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++, clang++ on PATH"
