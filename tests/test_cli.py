@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from vllm_mla_fusion import build, cli, compat, compiling, doctor, model_check, target
+from vllm_mla_fusion import build, cli, compat, compiling, doctor, target
 from vllm_mla_fusion.build import Target
 from vllm_mla_fusion.cli import main
 from vllm_mla_fusion.model_check import ConfigNotFoundError, check_model, judge
@@ -308,19 +308,6 @@ def test_mla_switched_off_in_vllm_is_a_problem(tmp_path, monkeypatch):
     assert problems("--model", str(tmp_path))["model"]["remedy"] == "unset VLLM_MLA_DISABLE"
     monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
     assert problems("--model", str(tmp_path)) == {}
-
-
-def test_vllm_lists_what_fuses():
-    """The model types that the installed vLLM counts as MLA."""
-    convertor = pytest.importorskip("vllm.transformers_utils.model_arch_config_convertor")
-
-    def counts_as_mla(model_type):
-        config = types.SimpleNamespace(model_type=model_type, kv_lora_rank=512)
-        return convertor.ModelArchConfigConvertorBase(config, config).is_deepseek_mla()
-
-    # Newer releases no longer have longcat_flash_ngram.
-    assert {name for name in model_check.FUSES if not counts_as_mla(name)} <= {"longcat_flash_ngram"}
-    assert not counts_as_mla("sarvam_mla")
 
 
 def test_model_that_does_not_fuse_is_a_problem(tmp_path):

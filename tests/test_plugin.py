@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import vllm_mla_fusion
-from vllm_mla_fusion import activation, compat, identity, kernel, ops, plugin, report, target
+from vllm_mla_fusion import activation, compat, identity, kernel, model_check, ops, plugin, report, target
 
 UPDATE = compat.UPDATE_OP
 
@@ -264,6 +264,19 @@ def test_a_server_without_a_gpu_names_the_cause(monkeypatch: pytest.MonkeyPatch)
     none = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: False, device_type="", device_name="")
     monkeypatch.setattr(compat, "_platform", lambda: none)
     assert compat.platform_problem().startswith("vLLM finds no GPU on this machine; look at nvidia-smi")
+
+
+def test_vllm_lists_what_fuses() -> None:
+    """The model types that the installed vLLM counts as MLA."""
+    convertor = pytest.importorskip("vllm.transformers_utils.model_arch_config_convertor")
+
+    def counts_as_mla(model_type: str) -> bool:
+        config = SimpleNamespace(model_type=model_type, kv_lora_rank=512)
+        return convertor.ModelArchConfigConvertorBase(config, config).is_deepseek_mla()
+
+    # Newer releases no longer have longcat_flash_ngram.
+    assert {name for name in model_check.FUSES if not counts_as_mla(name)} <= {"longcat_flash_ngram"}
+    assert not counts_as_mla("sarvam_mla")
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------
