@@ -33,11 +33,12 @@ def healthy(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "csrc_dir", lambda: csrc)
     monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("MLA_FUSION", "1")
-    for name in ("VLLM_PLUGINS", "MLA_FUSION_ARCH", "CXX"):
+    for name in ("VLLM_PLUGINS", "VLLM_MLA_DISABLE", "MLA_FUSION_ARCH", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [selection])
-    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "1.2.3")
-    monkeypatch.setattr(compat, "support_status", lambda: (True, "vLLM 1.2.3 is supported"))
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(compat, "failed_probe", lambda: None)
+    monkeypatch.setattr(compat, "platform_problem", lambda: None)
     monkeypatch.setattr(target, "torch_backend", lambda: "cpu")
 
 
@@ -158,6 +159,52 @@ def test_vllm_missing_or_unsupported(monkeypatch):
     assert "pip install vllm" in problems()["vllm"]["remedy"]
 
 
+def test_untested_vllm_is_a_note(monkeypatch):
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.34.0")
+    (check,) = (check for check in doctor.diagnose() if check.name == "vllm")
+    assert check.status == "note"
+    assert "0.34.0 is newer than the newest tested release" in check.detail
+    assert problems() == {}
+
+
+def test_failed_probe_and_platform(monkeypatch):
+    monkeypatch.setattr(compat, "platform_problem", lambda: "platform 'tpu' is not supported")
+    assert problems()["platform"]["detail"] == "platform 'tpu' is not supported"
+    monkeypatch.setattr(compat, "failed_probe", lambda: "InductorPass in vllm")
+    found = problems()
+    assert list(found) == ["vllm"]
+    assert found["vllm"]["detail"] == "vLLM 0.33.0 has no InductorPass in vllm"
+
+
+def test_image_build_without_a_gpu_has_no_platform_problem(monkeypatch):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    monkeypatch.setattr(compat, "platform_problem", lambda: "vLLM finds no GPU on this machine")
+    assert "platform" not in problems()
+
+
+def test_doctor_probes_the_installed_vllm():
+    """In a process of its own: a pure report on standard output, whatever vLLM logs, and no CUDA."""
+    pytest.importorskip("vllm")
+    code = (
+        "import contextlib, torch; from vllm_mla_fusion import compat, cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['doctor', '--json'])\n"
+        "import sys; sys.exit(torch.cuda.is_initialized() or 'vllm.platforms' not in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["vllm"]["status"] == "ok"
+    assert "platform" not in checks
+
+
+def test_torch_too_old(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.10.1+cu130")
+    found = problems()
+    assert found["torch"]["detail"] == "2.10.1+cu130 is too old: 2.11 is needed"
+    assert "-> First get what is missing above." in run("doctor").output
+
+
 def test_no_compiler_is_a_problem_until_the_kernel_is_built(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert list(problems()) == ["c++"]
@@ -200,18 +247,15 @@ def test_no_gpu_for_a_gpu_build(monkeypatch):
     assert "cuda-10.0" in {check.name: check for check in doctor.diagnose()}["kernel"].detail
 
 
-def test_a_server_without_a_gpu_names_the_cause(monkeypatch):
-    none = types.SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: False, device_type="", device_name="")
-    monkeypatch.setattr(compat, "_platform", lambda: none)
-    assert compat.platform_problem().startswith("vLLM finds no GPU on this machine; look at nvidia-smi")
-
-
 def test_a_check_that_fails_is_a_finding(monkeypatch):
     def explode():
         raise RuntimeError("sysfs on fire")
 
     monkeypatch.setattr(compat, "support_status", explode)
     assert "RuntimeError: sysfs on fire" in problems()["vllm"]["detail"]
+    assert "Reinstall" in problems()["vllm"]["remedy"]
+    monkeypatch.setattr(build, "is_built", lambda wanted: explode())
+    assert problems()["kernel"]["remedy"].startswith("vllm-mla-fusion clean;")
 
 
 # ---- doctor --model -------------------------------------------------------------------------------------------------
@@ -229,6 +273,7 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
         ({"qk_rope_head_dim": 0}, "no", "no RoPE"),
         ({"model_type": "deepseek_v4", "kv_lora_rank": None}, "no", "kernels of its own"),
         ({"model_type": "minicpm3"}, "no", "ordinary attention"),
+        ({"model_type": "sarvam_mla"}, "no", "does not list its model type as MLA"),
         ({"kv_lora_rank": None}, "no", "no MLA layers"),
         ({"model_type": "brand_new"}, "unknown", "read its report"),
     ],
@@ -246,6 +291,23 @@ def test_model_directory_file_and_nested_text_config(tmp_path):
     result = run("doctor", "--model", str(tmp_path))
     assert result.exit_code == 0
     assert "deepseek_v3: fuses; kv_lora_rank 512" in result.output
+
+
+@pytest.mark.parametrize(("key", "fuses"), [("qk_nope_head_dim", "yes"), ("head_dim", "no")])
+def test_mistrals_params(key, fuses, tmp_path):
+    geometry = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if fuses == "yes" else {}
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 7168, "n_layers": 61, key: 128, **geometry}))
+    found = check_model(str(tmp_path))
+    assert found.fuses == fuses
+    assert found.detail.endswith("61 MLA layers") == (fuses == "yes")
+
+
+def test_mla_switched_off_in_vllm_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(MLA))
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert problems("--model", str(tmp_path))["model"]["remedy"] == "unset VLLM_MLA_DISABLE"
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
+    assert problems("--model", str(tmp_path)) == {}
 
 
 def test_model_that_does_not_fuse_is_a_problem(tmp_path):

@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import vllm_mla_fusion
-from vllm_mla_fusion import activation, compat, identity, kernel, ops, plugin, report, target
+from vllm_mla_fusion import activation, compat, identity, kernel, model_check, ops, plugin, report, target
 
 UPDATE = compat.UPDATE_OP
 
@@ -215,6 +215,28 @@ def test_unknown_mode(vllm, monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.register()
 
 
+@pytest.mark.parametrize(
+    ("version", "is_supported", "sentence"),
+    [
+        (None, False, "vLLM is not installed; install vllm"),
+        ("0.19.1", False, "vLLM 0.19.1 is too old: before 0.20 a captured cache write is unsafe; upgrade vLLM"),
+        ("0.20.2", True, "vLLM 0.20.2 is supported"),
+        ("0.26.0+cu130", True, "vLLM 0.26.0+cu130 is supported"),
+        ("0.33.0", True, "vLLM 0.33.0 is supported"),
+        ("0.34.0", True, "vLLM 0.34.0 is newer than the newest tested release (0.33)"),
+        ("0.34.0rc1.dev5+g123", True, "vLLM 0.34.0rc1.dev5+g123 is newer than the newest tested release (0.33)"),
+    ],
+)
+def test_support_status(
+    version: str | None, is_supported: bool, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: version)
+    supported, status = compat.support_status()
+    assert supported is is_supported
+    assert status.startswith(sentence)
+    assert (compat.untested_release() == status) is ("newest tested" in sentence)
+
+
 UNSUPPORTED = {
     "release": ("support_status", (False, "vLLM 0.19 is too old")),
     "probe": ("failed_probe", "InductorPass in vllm"),
@@ -236,6 +258,27 @@ def test_unsupported_vllm(what: str, vllm, warnings, monkeypatch: pytest.MonkeyP
     with pytest.raises(plugin.UnsupportedError, match="MLA_FUSION=strict, but ") as raised:
         plugin.register()
     assert problem in str(raised.value)
+
+
+def test_a_server_without_a_gpu_names_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    none = SimpleNamespace(is_cuda_alike=lambda: False, is_cpu=lambda: False, device_type="", device_name="")
+    monkeypatch.setattr(compat, "_platform", lambda: none)
+    assert compat.platform_problem().startswith("vLLM finds no GPU on this machine; look at nvidia-smi")
+
+
+def test_vllm_lists_what_fuses() -> None:
+    """The model types that the installed vLLM counts as MLA."""
+    # First: the convertor's module cannot be imported on its own.
+    pytest.importorskip("vllm.config")
+    convertor = pytest.importorskip("vllm.transformers_utils.model_arch_config_convertor")
+
+    def counts_as_mla(model_type: str) -> bool:
+        config = SimpleNamespace(model_type=model_type, kv_lora_rank=512)
+        return convertor.ModelArchConfigConvertorBase(config, config).is_deepseek_mla()
+
+    # Newer releases no longer have longcat_flash_ngram.
+    assert {name for name in model_check.FUSES if not counts_as_mla(name)} <= {"longcat_flash_ngram"}
+    assert not counts_as_mla("sarvam_mla")
 
 
 # --- hooks ------------------------------------------------------------------------------------------------------------

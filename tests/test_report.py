@@ -192,3 +192,16 @@ def test_engines_of_one_process_do_not_mix(lines: list) -> None:
     assert "1 of 1" in lines[0][1]
     assert "0 of 1" in lines[1][1]
     assert "of the first" not in lines[1][1]
+
+
+def test_untested_release_is_told_once_per_engine(lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm_up(with_rope(), fused=(0,))
+    assert not any("untested" in message for _, message in lines)
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: "0.99.1")
+    for rank in (0, 1):
+        warm_up(with_rope(), fused=(0,), rank=rank)
+    ((level, message),) = [line for line in lines if "untested" in line[1]]
+    assert level == logging.INFO
+    newest = ".".join(map(str, compat.NEWEST_TESTED))
+    assert f"vLLM 0.99.1 is newer than the newest tested release ({newest})" in message
+    assert compat.logger.name.startswith("vllm."), "INFO is invisible elsewhere"

@@ -83,13 +83,16 @@ def support_status() -> tuple[bool, str]:
             False,
             f"vLLM {version} is too old: before {oldest} a captured cache write is unsafe; upgrade vLLM",
         )
-    if numbers[:2] > NEWEST_TESTED:
-        newest = ".".join(map(str, NEWEST_TESTED))
-        return (
-            True,
-            f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass",
-        )
-    return True, f"vLLM {version} is supported"
+    return True, untested_release() or f"vLLM {version} is supported"
+
+
+def untested_release() -> str | None:
+    """A sentence about a vLLM newer than the newest that the plugin was tested with; None for any other."""
+    version = installed_vllm_version()
+    if version is None or release(version)[:2] <= NEWEST_TESTED:
+        return None
+    newest = ".".join(map(str, NEWEST_TESTED))
+    return f"vLLM {version} is newer than the newest tested release ({newest}); the plugin runs if its probes pass"
 
 
 def failed_probe() -> str | None:

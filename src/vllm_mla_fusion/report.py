@@ -119,6 +119,9 @@ def _log(vllm_config: Any, layers: dict[str, Any], judgement: _Judgement) -> Non
     if not_compiled is not None:
         activation.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
         return
+    untested = compat.untested_release()
+    if untested is not None:
+        activation.logger.info("MLA fusion %s is untested here: %s.", __version__, untested)
     fused = [layer for name, layer in layers.items() if name not in judgement.problems | judgement.patternless]
     if fused:
         _log_fused(fused, len(layers))
