@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest

@@ -284,13 +284,13 @@ def test_vllm_lists_what_fuses() -> None:
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
-def manager_of(vllm, stock: type, monkeypatch: pytest.MonkeyPatch) -> Manager:
-    """What a worker gets where `stock` is vLLM's pass manager."""
+def manager_of(vllm, stock: type, monkeypatch: pytest.MonkeyPatch, **config) -> Manager:
+    """What a worker with this configuration gets where `stock` is vLLM's pass manager."""
     monkeypatch.setattr(sys.modules["stand_in"], "Manager", stock)
     plugin.register()
     home, _, name = vllm.Platform.get_pass_manager_cls().rpartition(".")
     manager = getattr(sys.modules[home], name)()
-    manager.configure(None)
+    manager.configure(vllm.Config(**config))
     return manager
 
 
@@ -305,6 +305,19 @@ def test_ours_comes_before_vllms_own_fusion(vllm, monkeypatch: pytest.MonkeyPatc
     manager = manager_of(vllm, Manager, monkeypatch)
     assert pass_names(manager) == ["InductorPass", "FusionPass", *STOCK_PASSES[1:]]
     assert type(manager.fix_functionalization).__name__ == "ThenDefunctionalise"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"splitting_ops": ["vllm::attention", UPDATE]}, {"attention_config": SimpleNamespace(hisparse_config=object())}],
+    ids=["splitting_ops", "hisparse"],
+)
+def test_graphs_of_a_configuration_that_stays_stock(config, vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's partition shows the pass the update whatever splitting_ops say."""
+    manager = manager_of(vllm, Manager, monkeypatch, **config)
+    assert pass_names(manager) == STOCK_PASSES
+    assert type(manager.fix_functionalization).__name__ == "InductorPass"
+    assert len(warnings) == 1
 
 
 def test_pass_manager_without_its_last_pass(vllm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
 
 
 def warm_up(
-    *parts: nn.Module, fused: tuple[int, ...] = (), norm: bool = False, mode: str = "VLLM_COMPILE", rank: int = 0
+    *parts: nn.Module,
+    fused: tuple[int, ...] = (),
+    norm: bool = False,
+    mode: str = "VLLM_COMPILE",
+    rank: int = 0,
+    stages: int = 1,
 ) -> None:
     layers = {
         f"layers.{index}": module
@@ -90,7 +95,8 @@ def warm_up(
     for index in fused:
         report.saw_layer(layers[f"layers.{index}"], None, with_norm=norm)
     compilation = SimpleNamespace(mode=SimpleNamespace(name=mode), backend="inductor", static_forward_context=layers)
-    config = SimpleNamespace(compilation_config=compilation, parallel_config=SimpleNamespace(tensor_parallel_size=2))
+    parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=stages)
+    config = SimpleNamespace(compilation_config=compilation, parallel_config=parallel)
     report.after_warm_up(config, SimpleNamespace(get_model=lambda: nn.Sequential(*parts)), rank)
 
 
@@ -131,9 +137,9 @@ def test_pattern_that_was_left_alone(part, lines: list) -> None:
 
 def test_some_layers_left_alone(lines: list) -> None:
     report.left_alone(["the reason"])
-    warm_up(with_rope(), with_rope(), fused=(0,), norm=True)
+    warm_up(with_rope(), with_rope(), fused=(0,), norm=True, stages=4)
     assert [level for level, _ in lines] == [logging.INFO, logging.WARNING]
-    assert "1 of 2 MLA layers fused, 1 with the latent's RMSNorm." in lines[0][1]
+    assert "1 of 2 MLA layers fused in the first of 4 pipeline stages, 1 with the latent's RMSNorm." in lines[0][1]
     assert "layers.1: the reason" in lines[1][1]
 
 

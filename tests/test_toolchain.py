@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_mla_fusion import compiling, resources, target, toolchain
+from vllm_mla_fusion import compiling, kernel, resources, target, toolchain
 from vllm_mla_fusion.build import BuildError, Target, detect_target
 from vllm_mla_fusion.target import Gpu, parse_arch
 from vllm_mla_fusion.toolchain import Toolchain, find_cuda
@@ -234,15 +234,66 @@ def test_nvml_absent_is_no_error(monkeypatch):
     assert target.driver_version("cuda") is None
 
 
-def test_amd_gpus_by_sysfs(tmp_path, monkeypatch):
-    for node, version in enumerate((0, 90402, 90010, 90500, 110000)):
+def pretend_amd_gpus(tmp_path, monkeypatch, *versions: int) -> None:
+    """The kernel driver's nodes with these `gfx_target_version`s; 0 is a CPU."""
+    for node, version in enumerate(versions):
         folder = tmp_path / "kfd" / str(node)
         folder.mkdir(parents=True)
         (folder / "properties").write_text(f"cpu_cores_count 4\ngfx_target_version {version}\nunique_id 77\n")
     monkeypatch.setattr(target, "torch_backend", lambda: "rocm")
+
+
+def test_amd_gpus_by_sysfs(tmp_path, monkeypatch):
+    pretend_amd_gpus(tmp_path, monkeypatch, 0, 90402, 90010, 90500, 110000)
     assert [gpu.arch for gpu in target.visible_gpus("rocm")] == ["gfx942", "gfx90a", "gfx950", "gfx1100"]
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     assert detect_target() == Target("cpu")
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({"HIP": "2"}, 1),
+        ({"CUDA": "2,3"}, 2),
+        ({"HIP": "2,3", "CUDA": "2,3"}, 2),  # vLLM sets both, and HIP reads one
+        ({"ROCR": "1,2,3", "HIP": "2", "CUDA": "2"}, 1),  # of those that ROCR leaves
+        ({"ROCR": "1,2", "HIP": "2"}, 0),
+    ],
+)
+def test_visible_amd_gpus(variables: dict[str, str], count: int, tmp_path, monkeypatch):
+    pretend_amd_gpus(tmp_path, monkeypatch, 0, *[90402] * 4)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+    assert len(target.visible_gpus("rocm")) == count
+
+
+@pytest.mark.parametrize(
+    ("backend", "archs", "gpus", "fits"),
+    [
+        ("cuda", ["9.0"], ["9.0"], True),
+        ("cuda", ["8.0"], ["8.9"], True),
+        ("cuda", ["8.9"], ["8.0"], False),
+        ("cuda", ["9.0"], ["8.0"], False),
+        ("cuda", ["10.0", "9.0"], ["9.0"], True),
+        ("cuda", ["9.0"], [], True),  # the driver lists none: nothing speaks against it
+        ("cuda", [], ["9.0"], False),
+        ("cuda", [], [], False),
+        ("rocm", ["gfx942"], ["gfx942"], True),
+        ("rocm", ["gfx90a"], ["gfx942"], False),
+        ("cpu", [], [], True),
+    ],
+)
+def test_a_kernel_that_runs_on_no_gpu_is_not_available(backend, archs, gpus, fits, monkeypatch):
+    """A server would stop at the first call of its op."""
+    monkeypatch.setattr(target, "torch_backend", lambda: backend)
+    monkeypatch.setattr(target, "visible_gpus", lambda _: [target.Gpu("", arch, "") for arch in gpus])
+    monkeypatch.setattr(kernel, "load", lambda: Target(backend if archs else "cpu", tuple(archs)))
+    kernel.failure.cache_clear()
+    try:
+        reason = kernel.failure()
+    finally:
+        kernel.failure.cache_clear()
+    assert reason is None if fits else "The kernel does not fit: it is for" in reason and "MLA_FUSION_ARCH" in reason
 
 
 def test_arch_override(cuda_torch, monkeypatch):

@@ -282,11 +282,14 @@ def keep_update_in_graph(vllm_config: Any, splitting_ops_are_default: bool) -> s
     if _mode(config) != "VLLM_COMPILE":
         _hook_inductor(config)
         return None
-    splitting_ops = config.splitting_ops or []
-    if UPDATE_OP in splitting_ops:
-        if not splitting_ops_are_default:
-            return f"splitting_ops were set explicitly and contain {UPDATE_OP}; remove it from them"
-        splitting_ops.remove(UPDATE_OP)
+    if splitting_ops_are_default and UPDATE_OP in (config.splitting_ops or []):
+        config.splitting_ops.remove(UPDATE_OP)
+    return _update_problem(vllm_config)
+
+
+def _update_problem(vllm_config: Any) -> str | None:
+    if UPDATE_OP in (vllm_config.compilation_config.splitting_ops or []):
+        return f"splitting_ops were set explicitly and contain {UPDATE_OP}; remove it from them"
     return None
 
 
@@ -402,6 +405,8 @@ def _leave_pass_manager_alone(error: Exception) -> None:
 
 @functools.cache
 def _pass_manager_class() -> type:
+    from vllm_mla_fusion import report
+
     inductor_pass = importlib.import_module(_INDUCTOR_PASS).InductorPass
 
     class FusionPass(inductor_pass):  # type: ignore[misc, valid-type]
@@ -432,6 +437,10 @@ def _pass_manager_class() -> type:
         def configure(self, config: Any) -> None:
             super().configure(config)
             try:
+                problem = _update_problem(config) or config_problem(config)
+                if problem is not None:
+                    report.left_alone([problem])
+                    return
                 last = ThenDefunctionalise(self.fix_functionalization)
                 self.passes.insert(_position(self.passes), FusionPass())
                 self.fix_functionalization = last
@@ -580,6 +589,8 @@ def _cache_problem(kv_cache: torch.Tensor, kv_cache_dtype: str, layer: Any, dtyp
         return None if kv_cache.dtype == dtype else f"the cache is {kv_cache.dtype}, the latent {dtype}"
     if kv_cache_dtype == "fp8_e5m2" and _platform().is_rocm():
         return "vLLM's writer knows no fp8_e5m2 on ROCm, and its attention would read it as e4m3"
+    if kv_cache_dtype in _FP8 and dtype == torch.float16 and _platform().is_rocm():
+        return "vLLM's writer on ROCm rounds a float16 quotient to float16 before it rounds to fp8"
     if kv_cache_dtype in (*_FP8, _DS_MLA) and kv_cache.is_cuda and kv_cache.dtype != torch.uint8:
         return f"the {kv_cache_dtype} cache is {kv_cache.dtype}, not torch.uint8"
     if kv_cache_dtype in _FP8 and kv_cache.is_cuda:

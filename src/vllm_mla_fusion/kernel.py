@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import activation, build
+from vllm_mla_fusion import activation, build, target
 
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
@@ -60,8 +60,8 @@ def load() -> build.Target:
     Raises:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
-    target = build.detect_target()
-    library = build.build(target, say=_say, failure_lasts=FAILURE_LASTS_SECONDS)
+    wanted = build.detect_target()
+    library = build.build(wanted, say=_say, failure_lasts=FAILURE_LASTS_SECONDS)
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -70,7 +70,7 @@ def load() -> build.Target:
         ) from error
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
-    return target
+    return wanted
 
 
 def _say(message: str) -> None:
@@ -79,15 +79,18 @@ def _say(message: str) -> None:
 
 @functools.cache
 def failure() -> str | None:
-    """Why the library cannot be used in this process; None if it is loaded. Asked again it answers the same."""
+    """Why the library cannot be used in this process; None if it is loaded and fits the GPUs.
+
+    Asked again it answers the same.
+    """
     try:
-        load()
+        reason = target.misfit(load())
     except build.BuildError as error:
         return str(error)
     except Exception as error:
         # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.
         return f"{type(error).__name__}: {error}"
-    return None
+    return reason and f"The kernel does not fit: {reason}"
 
 
 def failure_in_short() -> str | None:

@@ -90,9 +90,9 @@ def find_config(model: str) -> Path:
         cached = [try_to_load_from_cache(model, name) for name in CONFIG_NAMES]
     except HFValidationError:
         cached = []
-    for found in cached:
-        if isinstance(found, str):
-            return Path(found)
+    for local in cached:
+        if isinstance(local, str):
+            return Path(local)
     raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
 
 

@@ -124,20 +124,22 @@ def _log(vllm_config: Any, layers: dict[str, Any], judgement: _Judgement) -> Non
         activation.logger.info("MLA fusion %s is untested here: %s.", __version__, untested)
     fused = [layer for name, layer in layers.items() if name not in judgement.problems | judgement.patternless]
     if fused:
-        _log_fused(fused, len(layers))
+        _log_fused(fused, len(layers), vllm_config.parallel_config.pipeline_parallel_size)
     if judgement.patternless:
         activation.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
     if judgement.problems:
         _warn_of(judgement.problems, "" if fused else f" {__version__}: 0 of {len(layers)} MLA layers fused")
 
 
-def _log_fused(fused: list[Any], count: int) -> None:
+def _log_fused(fused: list[Any], count: int, pipeline_stages: int) -> None:
     target = kernel.load()
     backend = " ".join([target.backend, *target.archs])
     with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
     norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
-    message = "MLA fusion %s (%s): %d of %d MLA layers fused%s."
-    activation.logger.info(message, __version__, backend, len(fused), count, norm)
+    # Other stages' layers are in other processes, which speak only of problems.
+    stage = f" in the first of {pipeline_stages} pipeline stages" if pipeline_stages > 1 else ""
+    message = "MLA fusion %s (%s): %d of %d MLA layers fused%s%s."
+    activation.logger.info(message, __version__, backend, len(fused), count, stage, norm)
 
 
 def _warn_of(problems: dict[str, str], total: str = "") -> None:

@@ -110,15 +110,37 @@ def lacks_gpu() -> bool:
     return backend != "cpu" and not os.environ.get("MLA_FUSION_ARCH", "").strip() and not visible_gpus(backend)
 
 
+def misfit(built: Target) -> str | None:
+    """Why a library for ``built`` runs on none of the GPUs that vLLM may use here; None if none is known."""
+    backend = torch_backend()
+    if backend == "cpu":
+        return None
+    found = sorted({gpu.arch for gpu in visible_gpus(backend)})
+    # Without a driver's list there is nothing to compare, but a kernel for the CPU serves no GPU.
+    if built.backend == backend and (not found or any(_runs_on(arch, gpu) for arch in built.archs for gpu in found)):
+        return None
+    return (
+        f"it is for {built}, the GPUs here are {', '.join(found) or 'not listed by the driver'}. "
+        "Unset MLA_FUSION_ARCH, or set it to their architecture; `vllm-mla-fusion doctor` lists them."
+    )
+
+
+def _runs_on(arch: str, gpu: str) -> bool:
+    """NVIDIA's machine code also runs on later minors of its major version; AMD's on its own architecture alone."""
+    if arch.startswith("gfx"):
+        return arch == gpu
+    (major, minor), (gpu_major, gpu_minor) = arch.split("."), gpu.split(".")
+    return major == gpu_major and int(minor) <= int(gpu_minor)
+
+
 def visible_gpus(backend: Backend) -> list[Gpu]:
     """The GPUs this process may use, in the driver's order; empty for the cpu backend."""
     if backend == "cuda":
         return _select(_nvml_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
     if backend == "rocm":
-        gpus = _kfd_gpus()
-        for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
-            gpus = _select(gpus, os.environ.get(name))
-        return gpus
+        gpus = _select(_kfd_gpus(), os.environ.get("ROCR_VISIBLE_DEVICES"))
+        # To HIP the last is a second name of the one before it, and vLLM sets both.
+        return _select(gpus, os.environ.get("HIP_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")))
     return []
 
 

@@ -114,13 +114,16 @@ def _rival_problems(stock: Counter[str | None], fused: Counter[str | None]) -> I
 
 
 def _left_alone_problems(config: Any) -> Iterator[str]:
-    """A backend that writes the cache itself, and fp8_e5m2, stay vLLM's."""
+    """A backend that writes the cache itself, fp8_e5m2, and float16 in fp8 stay vLLM's."""
     layer = next(iter(compat.mla_layers(config).values()))
     latent = torch.empty(1, layer.kv_lora_rank, dtype=torch.bfloat16, device="cuda")
     cache = torch.empty(4, 64, layer.head_size, dtype=torch.uint8, device="cuda")
     reason = compat.why_not_replaced(layer, cache, "fp8_e5m2", latent)
     if reason is None or "fp8_e5m2" not in reason:
         yield f"fp8_e5m2 is not left alone: {reason}"
+    reason = compat.why_not_replaced(layer, cache, "fp8", latent.half())
+    if reason is None or "float16" not in reason:
+        yield f"float16 in fp8 is not left alone: {reason}"
     own_writer = type("OwnWriterImpl", (type(layer.impl),), {"do_kv_cache_update": lambda self: None})
     with patch.object(layer, "impl", own_writer.__new__(own_writer)):
         reason = compat.why_not_replaced(layer, cache, "fp8", latent)
