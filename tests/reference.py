@@ -189,10 +189,11 @@ def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 
 def ds_mla_rows(latent: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Rows of fp8_ds_mla as bytes; a tile's scale is its largest magnitude over 448, and no subnormal."""
-    tiles = latent.float().unflatten(-1, (-1, 128))
+    # On the CPU: torch on a GPU multiplies by the rounded reciprocal of 448 instead of dividing.
+    tiles = latent.float().cpu().unflatten(-1, (-1, 128))
     scales = (tiles.abs().amax(-1) / 448.0).clamp(min=torch.finfo(torch.float32).tiny)
     values = (tiles / scales.unsqueeze(-1)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).flatten(-2)
-    return torch.cat([part.contiguous().view(torch.uint8) for part in (values, scales, key)], -1)
+    return torch.cat([part.contiguous().view(torch.uint8).to(key.device) for part in (values, scales, key)], -1)
 
 
 def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor, latent: torch.Tensor | None = None) -> torch.Tensor:
