@@ -13,7 +13,7 @@ namespace mla_fusion {
 
 // Below this many groups of lanes the GPU is not full and one head per lane is the shortest way.
 constexpr int64_t kGroupsToFillGpu = 8192;
-constexpr int kHeadsWhenFull = 4;
+constexpr int kHeadsWhenFull = 2;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -26,7 +26,7 @@ bool vectors_fit(const Params& p) {
   const int per_column = p.is_neox ? 2 * kWidth : kWidth;
   const int columns = p.rot_dim / per_column;
   const bool shape_fits = p.rot_dim % per_column == 0 && columns > 0 && columns <= kLanes &&
-                          (columns & (columns - 1)) == 0 && p.lora_rank % kWidth == 0 &&
+                          (columns & (columns - 1)) == 0 && p.lora_rank > 0 && p.lora_rank % kWidth == 0 &&
                           p.lora_rank <= kLatentVectors * kLanes * kWidth;
   const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&
                            p.k_token_stride % kWidth == 0 && p.kv_token_stride % kWidth == 0 &&
@@ -79,12 +79,12 @@ int heads_per_pass(const Params& p) {
 
 template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
 cudaError_t launch_vector(const Params& p, cudaStream_t stream) {
-  const int64_t tasks = kFirstQueryTask<kHeads> + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
+  const int64_t tasks = kFirstQueryTask + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
   constexpr int kMaxGroups = kMaxThreads / kLanes;
   const int64_t blocks_per_token = ceil_div(tasks, kMaxGroups);
   const int64_t tasks_per_block = ceil_div(tasks, blocks_per_token);
   const int64_t tokens_per_block = kHeads == 1 ? 1 : kMaxGroups / tasks_per_block;
-  const dim3 block(kLanes, tasks_per_block, tokens_per_block);
+  const dim3 block(kLanes, tokens_per_block, tasks_per_block);
   const dim3 grid(ceil_div(p.num_tokens, tokens_per_block), blocks_per_token);
   return launch(mla_rope_cache_vector<Act, kNeox, kHeads, kRow, kNorm>, grid, block, p, stream);
 }

@@ -175,11 +175,13 @@ void check_indices_on_cpu(const Params& p, int64_t max_position, int64_t num_row
   }
 }
 
-int32_t log2_or_minus_one(int64_t value) {
-  for (int32_t shift = 0; shift < 62; ++shift) {
-    if (value == int64_t{1} << shift) return shift;
-  }
-  return -1;
+// Division by multiplication: with 2^n >= block_size, ceil(2^(31 + n) / block_size) is a factor of 32 bits that is right
+// for every slot below 2^31 (Granlund and Montgomery 1994, theorem 4.2).
+void set_block_size(Params& p, uint32_t block_size) {
+  p.block_size = block_size;
+  p.block_shift = 31;
+  while ((uint64_t{1} << (p.block_shift - 31)) < block_size) ++p.block_shift;
+  p.block_factor = static_cast<uint32_t>(((uint64_t{1} << p.block_shift) + block_size - 1) / block_size);
 }
 
 struct Norm {
@@ -251,8 +253,8 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
       check_shape("kv_cache", kv_cache, "[num_blocks, block_size, kv_lora_rank + rot_dim]", {kAny, kAny, lora_rank + rot_dim});
     }
     check_device("kv_cache", kv_cache, q_pe);
-    if (kv_cache.size(0) * kv_cache.size(1) > int64_t{UINT32_MAX}) {
-      fail("kv_cache must have fewer than 2^32 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1),
+    if (kv_cache.size(0) * kv_cache.size(1) > int64_t{INT32_MAX}) {
+      fail("kv_cache must have fewer than 2^31 rows (num_blocks * block_size), got ", kv_cache.size(0) * kv_cache.size(1),
            "; pass a smaller cache");
     }
     check_last_dim_contiguous("kv_cache", kv_cache);
@@ -265,8 +267,7 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
     p.kv_cache = kv_cache.data_ptr();
     p.slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr());
     p.num_slots = num_slots;
-    p.block_size = kv_cache.size(1);
-    p.block_shift = log2_or_minus_one(p.block_size);
+    set_block_size(p, static_cast<uint32_t>(kv_cache.size(1)));
     p.cache_block_stride = kv_cache.stride(0);
     p.cache_row_stride = kv_cache.stride(1);
   } else {
@@ -297,6 +298,9 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   p.lora_rank = static_cast<int32_t>(lora_rank);
   p.inverse_lora_rank = 1.0f / static_cast<float>(lora_rank);
   p.is_neox = is_neox;
+  // Used where a head is a power of two of columns of 16 bytes, or twice 16 bytes with GPT-NeoX's halves.
+  const int64_t column_bytes = is_neox ? 32 : 16;
+  while (column_bytes << (p.column_shift + 1) <= rot_dim * static_cast<int64_t>(q_pe.element_size())) ++p.column_shift;
   p.cos_sin_is_float = cos_sin_cache.scalar_type() == ScalarType::Float;
   p.positions_are_int32 = positions.scalar_type() == ScalarType::Int;
 

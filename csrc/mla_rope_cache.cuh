@@ -3,6 +3,8 @@
 // CUDA and HIP: lanes are counted in groups of 32 whatever the hardware's wave size.
 #pragma once
 
+#include <type_traits>
+
 #include "mla_rope_cache.h"
 #include "numeric.h"
 
@@ -79,9 +81,13 @@ __device__ __forceinline__ void store_as(void* address, const T& value) {
   }
 }
 
+__device__ __forceinline__ const void* position_address(const Params& p, int64_t token) {
+  return static_cast<const char*>(p.positions) + token * (p.positions_are_int32 ? sizeof(int32_t) : sizeof(int64_t));
+}
+
 __device__ __forceinline__ int64_t position_of(const Params& p, int64_t token) {
-  return p.positions_are_int32 ? static_cast<const int32_t*>(p.positions)[token]
-                               : static_cast<const int64_t*>(p.positions)[token];
+  const void* address = position_address(p, token);
+  return p.positions_are_int32 ? *static_cast<const int32_t*>(address) : *static_cast<const int64_t*>(address);
 }
 
 __device__ __forceinline__ int64_t slot_of(const Params& p, int64_t token) {
@@ -89,12 +95,9 @@ __device__ __forceinline__ int64_t slot_of(const Params& p, int64_t token) {
 }
 
 __device__ __forceinline__ int64_t cache_offset(const Params& p, int64_t slot) {
-  if (p.block_shift >= 0) {
-    return (slot >> p.block_shift) * p.cache_block_stride + (slot & (p.block_size - 1)) * p.cache_row_stride;
-  }
-  // The launcher sees to it that slots fit; a 64-bit division would be a call that spills registers.
-  const uint32_t block = static_cast<uint32_t>(slot) / static_cast<uint32_t>(p.block_size);
-  const uint32_t row = static_cast<uint32_t>(slot) - block * static_cast<uint32_t>(p.block_size);
+  const uint32_t index = static_cast<uint32_t>(slot);
+  const uint32_t block = static_cast<uint32_t>((static_cast<uint64_t>(index) * p.block_factor) >> p.block_shift);
+  const uint32_t row = index - block * p.block_size;
   return block * p.cache_block_stride + row * p.cache_row_stride;
 }
 
@@ -130,12 +133,19 @@ struct CosSin {
   }
 };
 
-// Programmatic dependent launch: this grid starts while the one before it ends and waits here for its results. A next
-// grid that was launched likewise may start at once: it must wait likewise before it reads what any grid before it wrote.
-__device__ __forceinline__ void overlap_with_neighbours() {
+// Programmatic dependent launch: this grid starts while the one before it ends and waits here for its results, and only
+// then lets the next one start: whatever that one reads before it waits itself, all but this grid's results are there.
+__device__ __forceinline__ void wait_for_inputs() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Brings a line that is read after the wait to the L2 cache, where a write of the grid before this one still reaches it.
+__device__ __forceinline__ void prefetch(const void* address) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
@@ -163,6 +173,26 @@ __device__ __forceinline__ float max_over_lanes(float value) {
   return value;
 }
 
+template <typename Act>
+struct alignas(2 * sizeof(Act)) ActPair {
+  Act first, second;
+};
+
+// One instruction where the GPU has one for both.
+template <typename Act>
+__device__ __forceinline__ ActPair<Act> round_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<Act, BFloat16>) {
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    ActPair<Act> out;
+    memcpy(&out, &bits, 4);
+    return out;
+  }
+#endif
+  return {from_float<Act>(first), from_float<Act>(second)};
+}
+
 // What one lane holds of a head: a vector of neighbouring pairs (GPT-J), or the same vector of both halves (GPT-NeoX).
 template <typename Act, bool kNeox>
 struct HeadPart {
@@ -171,6 +201,11 @@ struct HeadPart {
   static constexpr int kPairs = kNeox ? kWidth : kWidth / 2;
 
   ActVector<Act> part[kVectors];
+
+  static __device__ __forceinline__ void prefetch(const Act* head, int column, int rot_dim) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) mla_fusion::prefetch(head + column * kWidth + i * (rot_dim / 2));
+  }
 
   __device__ __forceinline__ void load(const Act* head, int column, int rot_dim) {
 #pragma unroll
@@ -189,8 +224,9 @@ struct HeadPart {
       Act& second = kNeox ? part[kVectors - 1].at[i] : part[0].at[2 * i + 1];
       const float a = to_float(first);
       const float b = to_float(second);
-      first = from_float<Act>(a * angle.cos[i] - b * angle.sin[i]);
-      second = from_float<Act>(b * angle.cos[i] + a * angle.sin[i]);
+      const auto rounded = round_pair<Act>(a * angle.cos[i] - b * angle.sin[i], b * angle.cos[i] + a * angle.sin[i]);
+      first = rounded.first;
+      second = rounded.second;
     }
   }
 };
@@ -240,13 +276,13 @@ __device__ __forceinline__ uint16_t to_fp8_pair(CacheKind kind, float low, float
 }
 
 template <typename Act>
-__device__ __forceinline__ Vector<uint8_t, kActsPerVector<Act>> quantise(const ActVector<Act>& in, const Scale& scale,
-                                                                         CacheKind kind) {
-  Vector<uint8_t, kActsPerVector<Act>> out;
+__device__ __forceinline__ Vector<uint32_t, kActsPerVector<Act> / 4> quantise(const ActVector<Act>& in, const Scale& scale, CacheKind kind) {
+  Vector<uint32_t, kActsPerVector<Act> / 4> out;
 #pragma unroll
-  for (int i = 0; i < kActsPerVector<Act>; i += 2) {
-    const uint16_t pair = to_fp8_pair(kind, scale.divide(to_float(in.at[i])), scale.divide(to_float(in.at[i + 1])));
-    memcpy(&out.at[i], &pair, sizeof(pair));
+  for (int i = 0; i < kActsPerVector<Act>; i += 4) {
+    const uint32_t low = to_fp8_pair(kind, scale.divide(to_float(in.at[i])), scale.divide(to_float(in.at[i + 1])));
+    const uint32_t high = to_fp8_pair(kind, scale.divide(to_float(in.at[i + 2])), scale.divide(to_float(in.at[i + 3])));
+    out.at[i / 4] = low | high << 16;
   }
   return out;
 }
@@ -303,76 +339,26 @@ __device__ __forceinline__ void store_cache_element(const Params& p, int64_t row
   }
 }
 
-// Vectors of the latent that a lane holds: 512 elements of 16 bits, what MLA models have, are two.
-constexpr int kLatentVectors = 2;
-
-// The latent of one token, and the norm's weight, loaded before anything else is waited for.
-template <typename Act, bool kNorm>
-struct Latent {
-  static constexpr int kWidth = kActsPerVector<Act>;
-
-  int vectors;
-  int lane;
-  // Words, not elements: a compiler that sees elements may store them one by one.
-  uint4 part[kLatentVectors];
-  uint4 weight[kNorm ? kLatentVectors : 1];
-
-  __device__ __forceinline__ Latent(const Params& p, int64_t token, int lane_index)
-      : vectors(p.lora_rank / kWidth), lane(lane_index) {
-    const Act* source = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
-#pragma unroll
-    for (int i = 0; i < kLatentVectors; ++i) {
-      const int index = lane + i * kLanes;
-      if (index >= vectors) continue;
-      part[i] = load_as<uint4>(source + index * kWidth);
-      if constexpr (kNorm) weight[i] = load_as<uint4>(static_cast<const Act*>(p.kv_c_weight) + index * kWidth);
-    }
-  }
-
-  // Calls visit(element index, vector, its weights) for each vector of this lane.
-  template <typename Visit>
-  __device__ __forceinline__ void for_each(Visit visit) const {
-#pragma unroll
-    for (int i = 0; i < kLatentVectors; ++i) {
-      if (lane + i * kLanes >= vectors) continue;
-      visit((lane + i * kLanes) * kWidth, elements(part[i]), elements(weight[kNorm ? i : 0]));
-    }
-  }
-
-  static __device__ __forceinline__ ActVector<Act> elements(const uint4& words) {
-    ActVector<Act> out;
-    memcpy(&out, &words, sizeof(out));
-    return out;
-  }
-
-  // 1 / sqrt(mean of squares + epsilon), the same for all lanes of the group.
-  __device__ __forceinline__ float inverse_rms(const Params& p) const {
-    float sum = 0.0f;
-    for_each([&](int, const ActVector<Act>& part, const ActVector<Act>&) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum += to_float(part.at[i]) * to_float(part.at[i]);
-    });
-    return rsqrtf(sum_over_lanes(sum) * p.inverse_lora_rank + p.epsilon);
-  }
-};
-
 // RMSNorm as vLLM's compiled graphs round it: normalise and weigh in float, round once.
 template <typename Act>
 __device__ __forceinline__ ActVector<Act> normalise(const ActVector<Act>& in, const ActVector<Act>& weight, float inverse_rms) {
   ActVector<Act> out;
 #pragma unroll
-  for (int i = 0; i < kActsPerVector<Act>; ++i) {
-    out.at[i] = from_float<Act>(to_float(in.at[i]) * inverse_rms * to_float(weight.at[i]));
+  for (int i = 0; i < kActsPerVector<Act>; i += 2) {
+    const auto rounded = round_pair<Act>(to_float(in.at[i]) * inverse_rms * to_float(weight.at[i]),
+                                         to_float(in.at[i + 1]) * inverse_rms * to_float(weight.at[i + 1]));
+    out.at[i] = rounded.first;
+    out.at[i + 1] = rounded.second;
   }
   return out;
 }
 
-// The row of a token in the cache, and by what its values are divided. Made before the latent is loaded, so that all the
+// The row of a token in the cache, and by what its values are divided. Loaded before the row's values, so that all the
 // loads are on their way together; `offset` is the first to wait for one.
 template <Row kRow>
 struct CacheRow {
   int64_t slot;
-  Scale scale;
+  float scale;
 
   __device__ __forceinline__ CacheRow(const Params& p, int64_t token)
       : slot(slot_of(p, token)), scale(kRow == Row::kFp8 ? *p.kv_cache_scale : 1.0f) {}
@@ -381,98 +367,190 @@ struct CacheRow {
   __device__ __forceinline__ int64_t offset(const Params& p) const { return slot < 0 ? -1 : cache_offset(p, slot); }
 };
 
-template <typename Act, bool kNeox, Row kRow>
-__device__ __forceinline__ void run_key(const Params& p, int64_t token, int lane, int64_t row, const Scale& scale) {
-  using Part = HeadPart<Act, kNeox>;
-  if (lane >= p.rot_dim / (Part::kWidth * Part::kVectors)) return;
-  const int64_t position = position_of(p, token);
-  Part key;
-  key.load(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, lane, p.rot_dim);
-  CosSin<Act, Part::kPairs> angle;
-  angle.load(p, position, lane * Part::kPairs);
-  key.rotate(angle);
-  key.store(static_cast<Act*>(p.k_pe_out) + token * p.rot_dim, lane, p.rot_dim);
-  if (row < 0) return;
-#pragma unroll
-  for (int i = 0; i < Part::kVectors; ++i) {
-    store_key<kRow, Act>(p, row, lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
-  }
-}
+// Vectors of the latent that a lane holds: 512 elements of 16 bits, what MLA models have, are two.
+constexpr int kLatentVectors = 2;
 
+// The latent of one token: normalised if kNorm, and into the cache.
 template <typename Act, Row kRow, bool kNorm>
-__device__ __forceinline__ void run_latent(const Params& p, int64_t token, const Latent<Act, kNorm>& latent, int64_t row,
-                                           const Scale& scale) {
-  if constexpr (kNorm) {
-    const float inverse_rms = latent.inverse_rms(p);
-    Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
-    latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>& weight) {
-      const auto normalised = normalise<Act>(part, weight, inverse_rms);
-      store_as(out + index, normalised);
-      if (row >= 0) store_latent<kRow, Act>(p, row, index, normalised, scale);
-    });
-  } else if (row >= 0) {
-    latent.for_each([&](int index, const ActVector<Act>& part, const ActVector<Act>&) {
-      store_latent<kRow, Act>(p, row, index, part, scale);
-    });
-  }
-}
+struct Latent {
+  static constexpr int kWidth = kActsPerVector<Act>;
 
-// kHeads heads per lane, neighbouring lanes on neighbouring columns of a head.
-template <typename Act, bool kNeox, int kHeads>
-__device__ __forceinline__ void run_query_heads(const Params& p, int64_t token, int lane, int task) {
+  const Params& p;
+  const int64_t token;
+  const int lane;
+
+  __device__ __forceinline__ const Act* source() const { return static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride; }
+  __device__ __forceinline__ const Act* weight() const { return static_cast<const Act*>(p.kv_c_weight); }
+  __device__ __forceinline__ int vectors() const { return p.lora_rank / kWidth; }
+
+  // The element with which this lane's vector i begins; lanes behind the last vector read the last one once more.
+  __device__ __forceinline__ int index_to_read(int i) const { return (is_mine(i) ? lane + i * kLanes : vectors() - 1) * kWidth; }
+  __device__ __forceinline__ bool is_mine(int i) const { return lane + i * kLanes < vectors(); }
+
+  __device__ __forceinline__ void prefetch_inputs() const {
+#pragma unroll
+    for (int i = 0; i < kLatentVectors; ++i) {
+      prefetch(source() + index_to_read(i));
+      // The same for all tokens: once is enough, and more would queue for one line.
+      if (kNorm && token == 0) prefetch(weight() + index_to_read(i));
+    }
+    if (lane == 0 && token < p.num_slots) prefetch(p.slot_mapping + token);
+    if (kRow == Row::kFp8 && token == 0 && lane == 0) prefetch(p.kv_cache_scale);
+  }
+
+  __device__ __forceinline__ void run() const {
+    const CacheRow<kRow> row(p, token);
+    // Words, not elements: a compiler that sees elements may store them one by one.
+    uint4 words[kLatentVectors];
+    uint4 weights[kLatentVectors];
+#pragma unroll
+    for (int i = 0; i < kLatentVectors; ++i) {
+      words[i] = load_as<uint4>(source() + index_to_read(i));
+      if constexpr (kNorm) weights[i] = load_as<uint4>(weight() + index_to_read(i));
+    }
+    float inverse_rms = 0.0f;
+    if constexpr (kNorm) inverse_rms = rsqrtf(sum_of_squares(words) * p.inverse_lora_rank + p.epsilon);
+    const int64_t offset = row.offset(p);
+    const Scale scale(row.scale);
+#pragma unroll
+    for (int i = 0; i < kLatentVectors; ++i) {
+      if (!is_mine(i)) continue;
+      const int index = index_to_read(i);
+      auto value = elements(words[i]);
+      if constexpr (kNorm) {
+        value = normalise<Act>(value, elements(weights[i]), inverse_rms);
+        store_as(static_cast<Act*>(p.kv_c_out) + token * p.lora_rank + index, value);
+      }
+      if (offset >= 0) store_latent<kRow, Act>(p, offset, index, value, scale);
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ ActVector<Act> elements(const uint4& words) {
+    ActVector<Act> out;
+    memcpy(&out, &words, sizeof(out));
+    return out;
+  }
+
+  // Of the whole latent, the same for all lanes of the group.
+  __device__ __forceinline__ float sum_of_squares(const uint4 (&words)[kLatentVectors]) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLatentVectors; ++i) {
+      if (!is_mine(i)) continue;
+      const auto part = elements(words[i]);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum += to_float(part.at[j]) * to_float(part.at[j]);
+    }
+    return sum_over_lanes(sum);
+  }
+};
+
+// The key of one token: rotated into k_pe_out and into the cache.
+template <typename Act, bool kNeox, Row kRow>
+struct Key {
   using Part = HeadPart<Act, kNeox>;
-  const int columns = p.rot_dim / (Part::kWidth * Part::kVectors);
-  const int heads_at_once = kLanes / columns;
-  const int column = lane & (columns - 1);
-  const int first_head = task * heads_at_once * kHeads + lane / columns;
-  Act* q = static_cast<Act*>(p.q_pe) + token * p.q_token_stride;
 
-  const int64_t position = position_of(p, token);
-  Part part[kHeads];
-#pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const int head = first_head + i * heads_at_once;
-    if (head < p.num_heads) part[i].load(q + head * p.q_head_stride, column, p.rot_dim);
+  const Params& p;
+  const int64_t token;
+  const int lane;
+
+  __device__ __forceinline__ const Act* source() const { return static_cast<const Act*>(p.k_pe) + token * p.k_token_stride; }
+  // Lanes behind the last column read what the first ones read.
+  __device__ __forceinline__ int column() const { return lane & ((1 << p.column_shift) - 1); }
+
+  __device__ __forceinline__ void prefetch_inputs() const {
+    Part::prefetch(source(), column(), p.rot_dim);
+    if (lane == 0) prefetch(position_address(p, token));
   }
-  CosSin<Act, Part::kPairs> angle;
-  angle.load(p, position, column * Part::kPairs);
+
+  __device__ __forceinline__ void run() const {
+    const int64_t position = position_of(p, token);
+    Part key;
+    key.load(source(), column(), p.rot_dim);
+    const CacheRow<kRow> row(p, token);
+    CosSin<Act, Part::kPairs> angle;
+    angle.load(p, position, column() * Part::kPairs);
+    const int64_t offset = row.offset(p);
+    const Scale scale(row.scale);
+    key.rotate(angle);
+    if (lane >> p.column_shift) return;
+    key.store(static_cast<Act*>(p.k_pe_out) + token * p.rot_dim, lane, p.rot_dim);
+    if (offset < 0) return;
 #pragma unroll
-  for (int i = 0; i < kHeads; ++i) {
-    const int head = first_head + i * heads_at_once;
-    if (head >= p.num_heads) continue;
-    part[i].rotate(angle);
-    part[i].store(q + head * p.q_head_stride, column, p.rot_dim);
+    for (int i = 0; i < Part::kVectors; ++i) {
+      store_key<kRow, Act>(p, offset, lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
+    }
   }
+};
+
+// kHeads heads per lane, neighbouring lanes on neighbouring columns of a head; rotated in place.
+template <typename Act, bool kNeox, int kHeads>
+struct QueryHeads {
+  using Part = HeadPart<Act, kNeox>;
+
+  const Params& p;
+  const int64_t token;
+  const int lane;
+  const int task;
+
+  __device__ __forceinline__ int column() const { return lane & ((1 << p.column_shift) - 1); }
+  __device__ __forceinline__ int head(int i) const {
+    const int heads_at_once = kLanes >> p.column_shift;
+    return (task * kHeads + i) * heads_at_once + (lane >> p.column_shift);
+  }
+  __device__ __forceinline__ Act* head_start(int i) const {
+    return static_cast<Act*>(p.q_pe) + token * p.q_token_stride + head(i) * p.q_head_stride;
+  }
+
+  __device__ __forceinline__ void prefetch_inputs() const {
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      if (head(i) < p.num_heads) Part::prefetch(head_start(i), column(), p.rot_dim);
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int64_t position = position_of(p, token);
+    Part part[kHeads];
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      if (head(i) < p.num_heads) part[i].load(head_start(i), column(), p.rot_dim);
+    }
+    CosSin<Act, Part::kPairs> angle;
+    angle.load(p, position, column() * Part::kPairs);
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+      if (head(i) >= p.num_heads) continue;
+      part[i].rotate(angle);
+      part[i].store(head_start(i), column(), p.rot_dim);
+    }
+  }
+};
+
+template <typename Role>
+__device__ __forceinline__ void run_role(const Role& role) {
+  role.prefetch_inputs();
+  wait_for_inputs();
+  role.run();
 }
 
-// Groups of lanes that a token has for its latent and key. While the GPU is not full, time is latency and each has one of
-// its own; later the key, which has few lanes, is done by the latent's.
-template <int kHeads>
-constexpr int kFirstQueryTask = kHeads == 1 ? 2 : 1;
+// Groups of lanes that a token has for its latent and its key.
+constexpr int kFirstQueryTask = 2;
 
-// A block is (32 lanes, tasks of a token, tokens).
+// A block is (32 lanes, tokens, tasks of a token).
 template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
 __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
-  overlap_with_neighbours();
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= p.num_tokens) return;
-  const int task = blockIdx.y * blockDim.y + threadIdx.y;
+  const int task = blockIdx.y * blockDim.z + threadIdx.z;
   const int lane = threadIdx.x;
-  if (task >= kFirstQueryTask<kHeads>) {
-    run_query_heads<Act, kNeox, kHeads>(p, token, lane, task - kFirstQueryTask<kHeads>);
-    return;
-  }
-  const CacheRow<kRow> row(p, token);
-  if constexpr (kFirstQueryTask<kHeads> == 1) {
-    const Latent<Act, kNorm> latent(p, token, lane);
-    const int64_t offset = row.offset(p);
-    run_key<Act, kNeox, kRow>(p, token, lane, offset, row.scale);
-    run_latent<Act, kRow, kNorm>(p, token, latent, offset, row.scale);
+  if (task >= kFirstQueryTask) {
+    run_role(QueryHeads<Act, kNeox, kHeads>{p, token, lane, task - kFirstQueryTask});
   } else if (task == 0) {
-    const Latent<Act, kNorm> latent(p, token, lane);
-    run_latent<Act, kRow, kNorm>(p, token, latent, row.offset(p), row.scale);
+    run_role(Latent<Act, kRow, kNorm>{p, token, lane});
   } else {
-    run_key<Act, kNeox, kRow>(p, token, lane, row.offset(p), row.scale);
+    run_role(Key<Act, kNeox, kRow>{p, token, lane});
   }
 }
 
@@ -496,7 +574,7 @@ __device__ __forceinline__ void store_ds_mla_tiles(uint8_t* row, const Act* kv_c
 // rolled: the next loads must wait for them anyway, and unrolled they made every build longer.
 template <typename Act>
 __global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
-  overlap_with_neighbours();
+  wait_for_inputs();
   const int64_t token = blockIdx.x;
   const int half = p.rot_dim / 2;
   const int64_t slot = slot_of(p, token);

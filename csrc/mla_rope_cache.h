@@ -49,8 +49,10 @@ struct Params {
 
   int64_t num_tokens;
   int64_t num_slots;              // <= num_tokens; tokens behind it write no cache row
-  int64_t block_size;
-  int32_t block_shift;            // log2(block_size), or -1 if block_size is no power of two
+  uint32_t block_size;
+  uint32_t block_factor;          // slot / block_size == slot * block_factor >> block_shift, in 64 bits
+  int32_t block_shift;
+  int32_t column_shift;           // log2 of the vectors of a head, or of half a head with GPT-NeoX pairs
   int32_t num_heads;
   int32_t rot_dim;
   int32_t lora_rank;
