@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The counter-proof: were the key rotated in place, Inductor would copy it in every layer, and `codegen` would see it.
 
-Native RoPE gives vLLM's attention op a contiguous key when it is traced. Until 0.21 that op has no tag `flexible_layout`,
-so Inductor copies the strided key that takes its place. It does so in the Inductor partition only: the default one has no
-attention in its graphs. A RoPE op that works in place gives a strided key from the start, for which nothing is copied.
+Native RoPE gives vLLM's attention op a contiguous key when it is traced. Until 0.21 that op has no tag
+`flexible_layout`, so Inductor copies the strided key that takes its place. It does so in the Inductor partition only:
+the default one has no attention in its graphs. A RoPE op that works in place gives a strided key from the start, for
+which nothing is copied; nor is it if the pass also rewrites the strides that attention was traced with.
 """
 
 import operator
