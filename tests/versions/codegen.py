@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from .stock_model import NUM_LAYERS
 from .variants import GEOMETRIES, Variant
 
+KEY_IS_COPIED = "the rotated key is copied"
+
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -78,16 +80,41 @@ def problems_of(variant: Variant, code: list[str]) -> Iterator[str]:
 
 
 def copies(code: list[str]) -> Iterator[str]:
-    """Fused calls that do not read the query and the key where a projection left them."""
-    lines = "\n".join(code).splitlines()
-    calls = [line for line in lines if re.search(r"fused_(norm_)?concat_and_cache_mla_rope\.default\(", line)]
-    if len(calls) != NUM_LAYERS:
-        yield f"{len(calls)} fused calls in the generated code, expected {NUM_LAYERS}"
-    for call in calls:
-        for name in ("q_pe", "k_pe"):
-            found = re.search(rf"{name}=reinterpret_tensor\((\w+),", call)
-            if found is None or not _is_written_by_projection(found[1], lines[: lines.index(call)]):
-                yield f"{name} is not a view of a projection's output: {call.strip()}"
+    """Fused calls that do not read the query and the key where a projection left them, and copies of their keys."""
+    num_calls = 0
+    for lines in map(str.splitlines, code):
+        for number, call in enumerate(lines):
+            if re.search(r"fused_(norm_)?concat_and_cache_mla_rope\.default\(", call):
+                num_calls += 1
+                yield from _copies_for(call, lines[:number])
+                yield from _copies_of_key(call, lines[number + 1 :])
+    if num_calls != NUM_LAYERS:
+        yield f"{num_calls} fused calls in the generated code, expected {NUM_LAYERS}"
+
+
+def _copies_for(call: str, before: list[str]) -> Iterator[str]:
+    for name in ("q_pe", "k_pe"):
+        found = _buffer_of(name, call)
+        if found is None or not _is_written_by_projection(found, before):
+            yield f"{name} is not a view of a projection's output: {call.strip()}"
+
+
+def _copies_of_key(call: str, after: list[str]) -> Iterator[str]:
+    """Triton kernels that take what the fused call read the key from or wrote it to; attention is none of them."""
+    key = {_buffer_of("k_pe", call)}
+    if result := re.match(r"\s*(\w+) = ", call):
+        key.add(result[1])
+    for line in after:
+        alias = re.match(r"\s*(\w+) = (\w+)(\[0\])?$", line)
+        if alias and alias[2] in key:
+            key.add(alias[1])
+        elif ".run(" in line and not key.isdisjoint(re.findall(r"\w+", line)):
+            yield f"{KEY_IS_COPIED}: {line.strip()}"
+
+
+def _buffer_of(name: str, call: str) -> str | None:
+    found = re.search(rf"{name}=reinterpret_tensor\((\w+),", call)
+    return found and found[1]
 
 
 def _is_written_by_projection(buffer: str, lines: list[str]) -> bool:

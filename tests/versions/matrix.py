@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import environments
-from .variants import ROPES, SPARSE, all_variants
+from .variants import IN_PLACE_NAME, ROPES, SPARSE, all_variants
 
 HOOKS = "hooks"
 # Up to here vLLM compiles DeepSeek-V3.2 and builds it from its MLA wrapper.
@@ -47,7 +47,7 @@ def compiles_sparse_mla(release: str) -> bool:
 
 def checks_of(release: str) -> list[str]:
     """What the probe of the release must have found no problem with."""
-    return [HOOKS, *map(str, all_variants()), *([str(SPARSE)] if compiles_sparse_mla(release) else [])]
+    return [HOOKS, *map(str, all_variants()), IN_PLACE_NAME, *([str(SPARSE)] if compiles_sparse_mla(release) else [])]
 
 
 def run(releases: Iterable[str], graphs: Path | None = None) -> Iterator[Outcome]:

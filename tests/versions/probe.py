@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .variants import SPARSE, Variant, all_variants
+from .variants import IN_PLACE, IN_PLACE_NAME, SPARSE, Variant, all_variants
 
 # As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
 
@@ -27,6 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for variant in all_variants():
             _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), arguments.graphs))
+        _report(IN_PLACE_NAME, lambda: _in_place_problems(Path(scratch), arguments.graphs))
         if arguments.sparse:
             _report(str(SPARSE), lambda: _sparse_problems(Path(scratch)))
 
@@ -63,6 +64,19 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
     with mode:
         yield from hooks.layer_problems(config, variant.cache_dtype)
         yield from hooks.worker_problems(config, model)
+
+
+def _in_place_problems(scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
+    from . import in_place, stock_model, tracing
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    config = stock_model.vllm_config(IN_PLACE, scratch / "model")
+    model = stock_model.build(config, IN_PLACE, mode)
+    with in_place.pass_that_rotates_in_place():
+        trace = tracing.trace_compilation(model, config, mode)
+    if graphs_folder is not None:
+        trace.write(graphs_folder / f"{IN_PLACE_NAME}.txt")
+    yield from in_place.problems_of(trace)
 
 
 def _sparse_problems(scratch: Path) -> Iterable[str]:

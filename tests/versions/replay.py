@@ -132,6 +132,9 @@ class _Replay(fx.Interpreter):
         self._write(kv_c, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
         return k_pe_out
 
+    def _in_place_fused_concat_and_cache_mla_rope(self, k_pe: torch.Tensor, **kwargs: Any) -> None:
+        k_pe.copy_(self._fused_concat_and_cache_mla_rope(k_pe=k_pe, **kwargs).view(k_pe.shape))
+
     def _fused_norm_concat_and_cache_mla_rope(
         self, kv_c: torch.Tensor, kv_c_weight: torch.Tensor, epsilon: float, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,3 +73,7 @@ def all_variants() -> list[Variant]:
 
 # The default partition has a piece of its own for the indexer, between RoPE and the cache update.
 SPARSE = Variant("V3.2", ROPES[2], False, "fp8_ds_mla", inductor_partition=True)
+
+# In this form a key that was rotated in place would be copied for attention.
+IN_PLACE = Variant("V3", ROPES[2], False, "auto", inductor_partition=True)
+IN_PLACE_NAME = f"counter-proof: k_pe in place, {IN_PLACE}"
