@@ -173,24 +173,22 @@ __device__ __forceinline__ float max_over_lanes(float value) {
   return value;
 }
 
-template <typename Act>
-struct alignas(2 * sizeof(Act)) ActPair {
-  Act first, second;
-};
-
 // One instruction where the GPU has one for both.
 template <typename Act>
-__device__ __forceinline__ ActPair<Act> round_pair(float first, float second) {
+__device__ __forceinline__ void round_pair(float first, float second, Act& rounded_first, Act& rounded_second) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<Act, BFloat16>) {
     uint32_t bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
-    ActPair<Act> out;
-    memcpy(&out, &bits, 4);
-    return out;
+    Vector<Act, 2> pair;
+    memcpy(&pair, &bits, sizeof(pair));
+    rounded_first = pair.at[0];
+    rounded_second = pair.at[1];
+    return;
   }
 #endif
-  return {from_float<Act>(first), from_float<Act>(second)};
+  rounded_first = from_float<Act>(first);
+  rounded_second = from_float<Act>(second);
 }
 
 // What one lane holds of a head: a vector of neighbouring pairs (GPT-J), or the same vector of both halves (GPT-NeoX).
@@ -224,9 +222,7 @@ struct HeadPart {
       Act& second = kNeox ? part[kVectors - 1].at[i] : part[0].at[2 * i + 1];
       const float a = to_float(first);
       const float b = to_float(second);
-      const auto rounded = round_pair<Act>(a * angle.cos[i] - b * angle.sin[i], b * angle.cos[i] + a * angle.sin[i]);
-      first = rounded.first;
-      second = rounded.second;
+      round_pair(a * angle.cos[i] - b * angle.sin[i], b * angle.cos[i] + a * angle.sin[i], first, second);
     }
   }
 };
@@ -345,10 +341,8 @@ __device__ __forceinline__ ActVector<Act> normalise(const ActVector<Act>& in, co
   ActVector<Act> out;
 #pragma unroll
   for (int i = 0; i < kActsPerVector<Act>; i += 2) {
-    const auto rounded = round_pair<Act>(to_float(in.at[i]) * inverse_rms * to_float(weight.at[i]),
-                                         to_float(in.at[i + 1]) * inverse_rms * to_float(weight.at[i + 1]));
-    out.at[i] = rounded.first;
-    out.at[i + 1] = rounded.second;
+    round_pair(to_float(in.at[i]) * inverse_rms * to_float(weight.at[i]),
+               to_float(in.at[i + 1]) * inverse_rms * to_float(weight.at[i + 1]), out.at[i], out.at[i + 1]);
   }
   return out;
 }
@@ -528,11 +522,15 @@ struct QueryHeads {
   }
 };
 
-template <typename Role>
+template <int kId, typename Role>
 __device__ __forceinline__ void run_role(const Role& role) {
   role.prefetch_inputs();
   wait_for_inputs();
   role.run();
+#ifndef __NVCC__
+  // Ends that differ: LLVM would merge the roles' last stores into one and split it into bytes.
+  asm volatile("" ::"n"(kId));
+#endif
 }
 
 // Groups of lanes that a token has for its latent and its key.
@@ -546,11 +544,11 @@ __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT 
   const int task = blockIdx.y * blockDim.z + threadIdx.z;
   const int lane = threadIdx.x;
   if (task >= kFirstQueryTask) {
-    run_role(QueryHeads<Act, kNeox, kHeads>{p, token, lane, task - kFirstQueryTask});
+    run_role<0>(QueryHeads<Act, kNeox, kHeads>{p, token, lane, task - kFirstQueryTask});
   } else if (task == 0) {
-    run_role(Latent<Act, kRow, kNorm>{p, token, lane});
+    run_role<1>(Latent<Act, kRow, kNorm>{p, token, lane});
   } else {
-    run_role(Key<Act, kNeox, kRow>{p, token, lane});
+    run_role<2>(Key<Act, kNeox, kRow>{p, token, lane});
   }
 }
 
