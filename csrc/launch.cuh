@@ -72,14 +72,11 @@ inline cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, const P
 #endif
 }
 
-template <typename Act, bool kNeox>
-int heads_per_pass(const Params& p) {
-  return kLanes / (p.rot_dim / (kActsPerVector<Act> * (kNeox ? 2 : 1)));
-}
+inline int heads_per_pass(const Params& p) { return kLanes >> p.column_shift; }
 
 template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
 cudaError_t launch_vector(const Params& p, cudaStream_t stream) {
-  const int64_t tasks = kFirstQueryTask + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p) * kHeads);
+  const int64_t tasks = kFirstQueryTask + ceil_div(p.num_heads, heads_per_pass(p) * kHeads);
   constexpr int kMaxGroups = kMaxThreads / kLanes;
   const int64_t blocks_per_token = ceil_div(tasks, kMaxGroups);
   const int64_t tasks_per_block = ceil_div(tasks, blocks_per_token);
@@ -91,7 +88,7 @@ cudaError_t launch_vector(const Params& p, cudaStream_t stream) {
 
 template <typename Act, bool kNeox, Row kRow, bool kNorm>
 cudaError_t choose_heads(const Params& p, cudaStream_t stream) {
-  const int64_t groups = p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass<Act, kNeox>(p)));
+  const int64_t groups = p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass(p)));
   return groups < kGroupsToFillGpu ? launch_vector<Act, kNeox, 1, kRow, kNorm>(p, stream)
                                    : launch_vector<Act, kNeox, kHeadsWhenFull, kRow, kNorm>(p, stream);
 }
