@@ -23,9 +23,8 @@ inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_
 template <typename Act>
 bool vectors_fit(const Params& p) {
   constexpr int kWidth = kActsPerVector<Act>;
-  const int per_column = p.is_neox ? 2 * kWidth : kWidth;
-  const int columns = p.rot_dim / per_column;
-  const bool shape_fits = p.rot_dim % per_column == 0 && columns > 0 && columns <= kLanes &&
+  const int columns = p.rot_dim / kWidth;
+  const bool shape_fits = p.rot_dim % kWidth == 0 && columns > 0 && columns <= kLanes &&
                           (columns & (columns - 1)) == 0 && p.lora_rank > 0 && p.lora_rank % kWidth == 0 &&
                           p.lora_rank <= kLatentVectors * kLanes * kWidth;
   const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&

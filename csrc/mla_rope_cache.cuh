@@ -191,14 +191,14 @@ __device__ __forceinline__ void round_pair(float first, float second, Act& round
   rounded_second = from_float<Act>(second);
 }
 
-// What one lane holds of a head: a vector of neighbouring pairs (GPT-J), or the same vector of both halves (GPT-NeoX).
+// The 16 bytes that one lane holds of a head: neighbouring pairs (GPT-J), or 8 bytes of each half (GPT-NeoX).
 template <typename Act, bool kNeox>
 struct HeadPart {
-  static constexpr int kWidth = kActsPerVector<Act>;
   static constexpr int kVectors = kNeox ? 2 : 1;
-  static constexpr int kPairs = kNeox ? kWidth : kWidth / 2;
+  static constexpr int kWidth = kActsPerVector<Act> / kVectors;
+  static constexpr int kPairs = kActsPerVector<Act> / 2;
 
-  ActVector<Act> part[kVectors];
+  Vector<Act, kWidth> part[kVectors];
 
   static __device__ __forceinline__ void prefetch(const Act* head, int column, int rot_dim) {
 #pragma unroll
@@ -207,7 +207,7 @@ struct HeadPart {
 
   __device__ __forceinline__ void load(const Act* head, int column, int rot_dim) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) part[i] = load_as<ActVector<Act>>(head + column * kWidth + i * (rot_dim / 2));
+    for (int i = 0; i < kVectors; ++i) part[i] = load_as<Vector<Act, kWidth>>(head + column * kWidth + i * (rot_dim / 2));
   }
 
   __device__ __forceinline__ void store(Act* head, int column, int rot_dim) const {
@@ -271,11 +271,11 @@ __device__ __forceinline__ uint16_t to_fp8_pair(CacheKind kind, float low, float
   return kind == CacheKind::kFp8E5M2 ? e5m2 : e4m3;
 }
 
-template <typename Act>
-__device__ __forceinline__ Vector<uint32_t, kActsPerVector<Act> / 4> quantise(const ActVector<Act>& in, const Scale& scale, CacheKind kind) {
-  Vector<uint32_t, kActsPerVector<Act> / 4> out;
+template <typename Act, int kCount>
+__device__ __forceinline__ Vector<uint32_t, kCount / 4> quantise(const Vector<Act, kCount>& in, const Scale& scale, CacheKind kind) {
+  Vector<uint32_t, kCount / 4> out;
 #pragma unroll
-  for (int i = 0; i < kActsPerVector<Act>; i += 4) {
+  for (int i = 0; i < kCount; i += 4) {
     const uint32_t low = to_fp8_pair(kind, scale.divide(to_float(in.at[i])), scale.divide(to_float(in.at[i + 1])));
     const uint32_t high = to_fp8_pair(kind, scale.divide(to_float(in.at[i + 2])), scale.divide(to_float(in.at[i + 3])));
     out.at[i / 4] = low | high << 16;
@@ -294,31 +294,31 @@ __device__ __forceinline__ void store_ds_mla_latent(uint8_t* row, int index, con
 #pragma unroll
   for (int i = 0; i < kActsPerVector<Act>; ++i) largest = fmaxf(largest, fabsf(to_float(value.at[i])));
   const float scale = ds_mla_scale(max_over_lanes<kLanesPerTile>(largest));
-  store_as(row + index, quantise<Act>(value, Scale(scale), CacheKind::kFp8E4M3));
+  store_as(row + index, quantise(value, Scale(scale), CacheKind::kFp8E4M3));
   if (index % kDsMlaTile == 0) store_as(row + kDsMlaScales + index / kDsMlaTile * 4, scale);
 }
 
-// One vector of the latent into the cache row that starts at row, at element index.
-template <Row kRow, typename Act>
-__device__ __forceinline__ void store_latent(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+// Some of the latent into the cache row that starts at row, at element index.
+template <Row kRow, typename Act, int kCount>
+__device__ __forceinline__ void store_latent(const Params& p, int64_t row, int index, const Vector<Act, kCount>& value,
                                              const Scale& scale) {
   if constexpr (kRow == Row::kCopy) {
     store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
   } else if constexpr (kRow == Row::kFp8) {
-    store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise<Act>(value, scale, p.cache_kind));
+    store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise(value, scale, p.cache_kind));
   } else {
     store_ds_mla_latent<Act>(static_cast<uint8_t*>(p.kv_cache) + row, index, value);
   }
 }
 
 // The same for the rotated key.
-template <Row kRow, typename Act>
-__device__ __forceinline__ void store_key(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+template <Row kRow, typename Act, int kCount>
+__device__ __forceinline__ void store_key(const Params& p, int64_t row, int index, const Vector<Act, kCount>& value,
                                           const Scale& scale) {
   if constexpr (kRow == Row::kFp8DsMla) {
     store_as(static_cast<uint8_t*>(p.kv_cache) + row + kDsMlaKey + index * sizeof(Act), value);
   } else {
-    store_latent<kRow, Act>(p, row, p.lora_rank + index, value, scale);
+    store_latent<kRow>(p, row, p.lora_rank + index, value, scale);
   }
 }
 
@@ -415,7 +415,7 @@ struct Latent {
         value = normalise<Act>(value, elements(weights[i]), inverse_rms);
         store_as(static_cast<Act*>(p.kv_c_out) + token * p.lora_rank + index, value);
       }
-      if (offset >= 0) store_latent<kRow, Act>(p, offset, index, value, scale);
+      if (offset >= 0) store_latent<kRow>(p, offset, index, value, scale);
     }
   }
 
@@ -473,7 +473,7 @@ struct Key {
     if (offset < 0) return;
 #pragma unroll
     for (int i = 0; i < Part::kVectors; ++i) {
-      store_key<kRow, Act>(p, offset, lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
+      store_key<kRow>(p, offset, lane * Part::kWidth + i * (p.rot_dim / 2), key.part[i], scale);
     }
   }
 };

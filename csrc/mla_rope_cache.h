@@ -52,7 +52,7 @@ struct Params {
   uint32_t block_size;
   uint32_t block_factor;          // slot / block_size == slot * block_factor >> block_shift, in 64 bits
   int32_t block_shift;
-  int32_t column_shift;           // log2 of the vectors of a head, or of half a head with GPT-NeoX pairs
+  int32_t column_shift;           // log2 of the lanes that share a head, each with 16 bytes of it
   int32_t num_heads;
   int32_t rot_dim;
   int32_t lora_rank;
