@@ -20,8 +20,10 @@ pytestmark = pytest.mark.hip
 # MI200, MI300 (fnuz fp8), MI350 (OCP fp8).
 ARCHS = ["gfx90a", "gfx942", "gfx950"]
 WAVE32_ARCH = "gfx1100"
+LOADS_8_BYTES = re.compile(r"global_load_(dwordx2|b64)\b")
 LOADS_16_BYTES = re.compile(r"global_load_(dwordx4|b128)\b")
 NARROW_STORES = re.compile(r"global_store_(byte|short|b8|b16)\w*")
+STORES_8_BYTES = re.compile(r"global_store_(dwordx2|b64)\b")
 STORES_16_BYTES = re.compile(r"global_store_(dwordx4|b128)\b")
 VECTOR = re.compile(
     r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELNS\w*?RowE(?P<row>[012])ELb(?P<norm>[01])E"
@@ -61,18 +63,23 @@ def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
         assert len(kernel.instructions) > 100, kernel.name
 
 
-def test_vector_kernels_move_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
-    check_16_byte_accesses(kernels)
+def test_vector_kernels_access_whole_vectors(kernels: list[Kernel]) -> None:
+    check_wide_accesses(kernels)
 
 
-def check_16_byte_accesses(kernels: list[Kernel]) -> None:
+def check_wide_accesses(kernels: list[Kernel]) -> None:
+    """16 bytes of the latent, the norm's weight, cos and sin; of a head 16 (GPT-J) or 8 of each half (GPT-NeoX)."""
     for kernel, arguments in vector_kernels(kernels):
         code = "\n".join(kernel.instructions)
-        # Query, key, latent, cos and sin are read, and the norm's weight.
-        assert len(LOADS_16_BYTES.findall(code)) >= 5 + int(arguments["norm"]), kernel.name
-        # Query and key are written, the latent's norm, and what is cached as it is; fp8 is half as wide.
-        cache_stores = {COPY: 2, FP8: 0, FP8_DS_MLA: 1}[arguments["row"]]
-        assert len(STORES_16_BYTES.findall(code)) >= 2 + int(arguments["norm"]) + cache_stores, kernel.name
+        norm, row, is_neox = int(arguments["norm"]), arguments["row"], arguments["neox"] == "1"
+        # Query and key; in the cache fp8 is half as wide.
+        head_stores = 2 + (row != FP8)
+        latent_stores = norm + (row == COPY)
+        if is_neox:
+            assert len(LOADS_8_BYTES.findall(code)) >= 2 * 2, kernel.name
+            assert len(STORES_8_BYTES.findall(code)) >= 2 * head_stores, kernel.name
+        assert len(LOADS_16_BYTES.findall(code)) >= (3 if is_neox else 5) + norm, kernel.name
+        assert len(STORES_16_BYTES.findall(code)) >= latent_stores + (0 if is_neox else head_stores), kernel.name
         assert not NARROW_STORES.findall(code), kernel.name
 
 
@@ -100,7 +107,7 @@ def test_waves_of_32(hipified: list[Path], libraries: Path) -> None:
     kernels = [kernel for source in hipified for kernel in kernels_of(assembly(source, WAVE32_ARCH, libraries))]
     assert len(vector_kernels(kernels)) == 36
     assert {kernel.resources["wavefront_size"] for kernel in kernels} == {"32"}
-    check_16_byte_accesses(kernels)
+    check_wide_accesses(kernels)
     test_no_spills(kernels)
 
 
