@@ -18,6 +18,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def measure_pairs(args: argparse.Namespace) -> list[Pair]:
     """
     pairs = []
     with ExitStack() as both:
-        servers = {mode: both.enter_context(_server(args, mode)) for mode in SERVER_MODES} if args.both_up else {}
+        servers = _both_servers(args, both) if args.both_up else {}
         for number in range(1, args.repeats + 1):
             figures = {}
             for mode in SERVER_MODES if number % 2 else reversed(SERVER_MODES):
@@ -137,6 +138,14 @@ def measure_pairs(args: argparse.Namespace) -> list[Pair]:
                     figures[mode] = measure(args, server, mode, number)
             pairs.append(figures)
     return pairs
+
+
+def _both_servers(args: argparse.Namespace, both: ExitStack) -> dict[str, Server]:
+    # A server that is not told how much cache it may have measures the free memory: nobody else may start then.
+    together = "--kv-cache-memory-bytes" in args.serve_args
+    with ThreadPoolExecutor(len(SERVER_MODES) if together else 1) as pool:
+        servers = pool.map(lambda mode: both.enter_context(_server(args, mode)), SERVER_MODES)
+    return dict(zip(SERVER_MODES, servers, strict=True))
 
 
 @contextmanager
@@ -258,7 +267,10 @@ def parse_args() -> argparse.Namespace:
         help="pairs of runs; drift cancels out if they are even (%(default)s)",
     )
     parser.add_argument(
-        "--both-up", action="store_true", help="start each server once and alternate; needs twice the memory"
+        "--both-up",
+        action="store_true",
+        help="start each server once, both at a time if --serve-args has --kv-cache-memory-bytes, and alternate; needs "
+        "twice the memory",
     )
     parser.add_argument("--input-len", type=positive_int, default=128, help="prompt tokens (%(default)s)")
     parser.add_argument("--output-len", type=positive_int, default=128, help="generated tokens (%(default)s)")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine on the shared tiny-mla model, for test_engine.py: `python engine_run.py SPEC.json RESULT.json`."""
+"""One vLLM engine on the shared tiny-mla model, for `engines.py`: `python engine_run.py SPEC.json RESULT.json`."""
 
 from __future__ import annotations
 
@@ -44,8 +44,13 @@ def give_layers_their_own_writer() -> None:
 
 
 def options(spec: dict) -> dict:
+    import torch
+
     found = {"model": str(MODEL), "tokenizer": str(MODEL), "max_model_len": 1536, "max_num_batched_tokens": 384}
     found |= {"max_num_seqs": 32, "enable_chunked_prefill": True, "enable_prefix_caching": True}
+    if torch.cuda.is_available():
+        # A corner of the GPU: tests may run beside each other.
+        found |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
     return found | spec.get("engine", {})
 
 
@@ -101,6 +106,15 @@ async def data_parallel(spec: dict, prompts: list[str]) -> list[list[list[int]]]
     return found
 
 
+def before_and_after_sleep(spec: dict, prompts: list[str]) -> list[list[list[int]]]:
+    """The tokens before weights and cache left the GPU, and after they are back."""
+    llm = start(spec)
+    found = [tokens(generate(llm, prompts))]
+    llm.sleep(level=1)
+    llm.wake_up()
+    return [*found, tokens(generate(llm, prompts))]
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     if spec.get("own_writer"):
@@ -108,6 +122,9 @@ def main() -> None:
     prompts = mixed_prompts(spec.get("prompts", 64))
     if spec.get("several"):
         Path(sys.argv[2]).write_text(json.dumps({"tokens": several_engines(spec, prompts)}))
+        return
+    if spec.get("engine", {}).get("enable_sleep_mode"):
+        Path(sys.argv[2]).write_text(json.dumps({"tokens": before_and_after_sleep(spec, prompts)}))
         return
     if "data_parallel_size" in spec.get("engine", {}):
         Path(sys.argv[2]).write_text(json.dumps({"tokens": asyncio.run(data_parallel(spec, prompts))}))

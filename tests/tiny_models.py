@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from engine_run import MODEL
 
 LLAMA = {
@@ -29,34 +31,75 @@ LLAMA = {
 
 def llama(folder: Path) -> str:
     """A model without MLA, as a config only: start it with `load_format="dummy"`."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(LLAMA))
+    _write_config(folder, LLAMA)
     return str(folder)
 
 
 def tiny_mla_with_mtp(folder: Path) -> str:
     """tiny-mla and a multi-token-prediction layer: a copy of its last layer behind a random mixture of its inputs."""
-    import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    folder.mkdir()
-    config = json.loads((MODEL / "config.json").read_text())
+    config, weights = _tiny_mla()
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     # As many dense layers as there are now: the prediction layer shall have the MLP of the one that it copies.
-    config |= {"num_nextn_predict_layers": 1, "first_k_dense_replace": layers + 1}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(MODEL / "model.safetensors")
-    last, prediction = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
-    extra = {prediction + name.removeprefix(last): value for name, value in weights.items() if name.startswith(last)}
-    torch.manual_seed(0)
-    mixture = torch.randn(hidden, 2 * hidden) / hidden**0.5
+    _write_config(folder, config | {"num_nextn_predict_layers": 1, "first_k_dense_replace": layers + 1})
+    prediction = f"model.layers.{layers}."
+    extra = {prediction + name: value for name, value in _last_layer(config, weights).items()}
     extra |= {
-        f"{prediction}eh_proj.weight": mixture.to(torch.bfloat16),
-        f"{prediction}enorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-        f"{prediction}hnorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        f"{prediction}eh_proj.weight": _mixture(hidden),
+        f"{prediction}enorm.weight": _ones(hidden),
+        f"{prediction}hnorm.weight": _ones(hidden),
         f"{prediction}embed_tokens.weight": weights["model.embed_tokens.weight"],
         f"{prediction}shared_head.norm.weight": weights["model.norm.weight"],
         f"{prediction}shared_head.head.weight": weights["lm_head.weight"],
     }
     save_file({name: value.clone() for name, value in (weights | extra).items()}, folder / "model.safetensors")
     return str(folder)
+
+
+def tiny_mla_eagle_draft(folder: Path) -> str:
+    """A draft model for tiny-mla with the EAGLE method: a copy of its last layer behind a random mixture."""
+    from safetensors.torch import save_file
+
+    config, weights = _tiny_mla()
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    # vLLM counts the draft's layers on from the target's, and takes its class from the config of a model with MTP.
+    dense = {"num_hidden_layers": 1, "first_k_dense_replace": layers + 1}
+    _write_config(folder, config | dense | {"num_nextn_predict_layers": 1})
+    draft = {f"layers.0.{name}": value for name, value in _last_layer(config, weights).items()}
+    draft |= {
+        "fc.weight": _mixture(hidden),
+        "enorm.weight": _ones(hidden),
+        "hnorm.weight": _ones(hidden),
+        "norm.weight": weights["model.norm.weight"],
+        "embed_tokens.weight": weights["model.embed_tokens.weight"],
+        "lm_head.weight": weights["lm_head.weight"],
+    }
+    save_file({name: value.clone() for name, value in draft.items()}, folder / "model.safetensors")
+    return str(folder)
+
+
+def _tiny_mla() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    from safetensors.torch import load_file
+
+    return json.loads((MODEL / "config.json").read_text()), load_file(MODEL / "model.safetensors")
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _last_layer(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    prefix = f"model.layers.{config['num_hidden_layers'] - 1}."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _mixture(hidden: int) -> torch.Tensor:
+    """Of two vectors of ``hidden`` values one."""
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(hidden, 2 * hidden, generator=generator) / hidden**0.5).to(torch.bfloat16)
+
+
+def _ones(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.bfloat16)
