@@ -298,9 +298,8 @@ void check_and_launch(const Tensor& positions, Tensor& q_pe, const Tensor& k_pe,
   p.lora_rank = static_cast<int32_t>(lora_rank);
   p.inverse_lora_rank = 1.0f / static_cast<float>(lora_rank);
   p.is_neox = is_neox;
-  // Used where a head is a power of two of columns.
-  constexpr int64_t kColumnBytes = 16;
-  while (kColumnBytes << (p.column_shift + 1) <= rot_dim * static_cast<int64_t>(q_pe.element_size())) ++p.column_shift;
+  // Used where a head is a power of two of vectors.
+  while (int64_t{kVectorBytes} << (p.column_shift + 1) <= rot_dim * static_cast<int64_t>(q_pe.element_size())) ++p.column_shift;
   p.cos_sin_is_float = cos_sin_cache.scalar_type() == ScalarType::Float;
   p.positions_are_int32 = positions.scalar_type() == ScalarType::Int;
 

@@ -12,7 +12,6 @@ namespace mla_fusion {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 256;
-constexpr int kVectorBytes = 16;
 // From sm_100 on the compiler, left to itself, spills a register for occupancy.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define MLA_LAUNCH_BOUNDS __launch_bounds__(kMaxThreads, 1)

@@ -25,6 +25,9 @@ constexpr int kDsMlaScales = kDsMlaLoraRank;
 constexpr int kDsMlaKey = kDsMlaScales + kDsMlaLoraRank / kDsMlaTile * 4;
 constexpr int kDsMlaRowBytes = kDsMlaKey + kDsMlaRotDim * 2;
 
+// One access of a lane of the vector kernels.
+constexpr int kVectorBytes = 16;
+
 // Strides count elements of the tensor that they belong to.
 struct Params {
   void* q_pe;                     // [num_tokens, num_heads, rot_dim], rotated in place

@@ -15,6 +15,7 @@ from typing import Any
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 FUSED = "6 of 6 MLA layers fused"
+TIMEOUT_SECONDS = 3600
 
 
 @dataclass
@@ -34,7 +35,6 @@ def run(
     in_process: bool = False,
     environ: dict[str, str] | None = None,
     python: str | Path = sys.executable,
-    timeout: float = 3600,
     **spec: Any,
 ) -> Run:
     """Runs an engine with MLA_FUSION=`mode` and all of vLLM's and Inductor's caches in `cache`.
@@ -44,7 +44,6 @@ def run(
         in_process: the engine's core runs in the script's process.
         environ: further variables.
         python: interpreter whose vLLM is run.
-        timeout: seconds after which the run has failed.
         spec: what `engine_run.py` is asked for.
     """
     spec_file, result_file = cache / "spec.json", cache / "result.json"
@@ -63,20 +62,20 @@ def run(
         environment["MLA_FUSION"] = mode
     log_file = cache / "log.txt"
     command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
-    returncode = _run_to_its_end(command, environment | (environ or {}), log_file, timeout)
+    returncode = _run_to_its_end(command, environment | (environ or {}), log_file)
     result = json.loads(result_file.read_text()) if result_file.exists() else {}
     return Run(returncode, log_file.read_text(errors="replace"), result)
 
 
-def _run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path, timeout: float) -> int:
+def _run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path) -> int:
     """Runs a command and ends whatever it leaves behind: workers of a failed engine keep their memory and the GPU's."""
     with log_file.open("w") as log:
         # Into a file: workers that are left would keep a pipe open.
         script = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            return script.wait(timeout)
+            return script.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
-            log.write(f"\nno end after {timeout:.0f} s\n")
+            log.write(f"\nno end after {TIMEOUT_SECONDS} s\n")
             return -signal.SIGKILL
         finally:
             with contextlib.suppress(ProcessLookupError):

