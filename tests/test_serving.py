@@ -36,11 +36,11 @@ from _common import running_server  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 REQUESTS, CONCURRENCY = 200, 16
-SERVER_LIMITS = {"max-model-len": 1024, "max-num-batched-tokens": 1024, "max-num-seqs": CONCURRENCY}
 SERVER_ARGS = [
     "--served-model-name=tiny",
     "--enable-log-requests",
-    *(f"--{name}={value}" for name, value in SERVER_LIMITS.items()),
+    "--max-model-len=1024",
+    f"--max-num-seqs={CONCURRENCY}",
 ]
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:
@@ -48,6 +48,7 @@ if ON_GPU:
     SERVER_ARGS += ["--gpu-memory-utilization=0.1", f"--kv-cache-memory-bytes={1 << 30}"]
 # On a GPU stock's own answers depend on what shares their batch, unless this is set.
 ENVIRONMENT = {"VLLM_BATCH_INVARIANT": "1"} if ON_GPU else {"VLLM_CPU_KVCACHE_SPACE": "1"}
+TRAINED_MODEL_ARGS = ["--max-num-batched-tokens=1024"]
 # With random weights the answer also depends on where stock cuts the prompt, and on what of it is cached.
 RANDOM_MODEL_ARGS = ["--load-format=random", "--max-num-batched-tokens=8192", "--no-enable-prefix-caching"]
 # Hundreds of times what a client needs to hang up: tokens of one prompt, and prompts of one request.
@@ -261,7 +262,7 @@ def model(request: pytest.FixtureRequest) -> str:
 def traffic(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Traffic]:
     """The same requests to a stock and to a fused server."""
     folder = tmp_path_factory.mktemp(model)
-    path, args = str(MODEL), []
+    path, args = str(MODEL), TRAINED_MODEL_ARGS
     modes = ("off", "on")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
