@@ -7,7 +7,10 @@ bfloat16's rounding, and a model whose RoPE is wrong answers as one whose RoPE i
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+from plugin_metadata import write_plugin_metadata
 
 
 def register() -> None:
@@ -30,8 +33,5 @@ def register() -> None:
 
 def python_path(folder: Path) -> str:
     """What PYTHONPATH needs for vLLM to know the format; `folder` receives the plugin's entry point."""
-    metadata = folder / "random_weights-0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: random-weights\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nrandom_weights = random_weights:register\n")
-    return f"{folder}:{Path(__file__).parent}"
+    write_plugin_metadata(folder, "vllm.general_plugins", "random_weights", "register")
+    return os.pathsep.join((str(folder), str(Path(__file__).parent)))

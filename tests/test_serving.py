@@ -288,11 +288,12 @@ def test_only_the_fused_server_is_fused(model: str, traffic: dict[str, Traffic])
 
 
 @pytest.mark.parametrize("mode", ["off", "on"])
-def test_each_request_ends_as_it_should(traffic: dict[str, Traffic], mode: str) -> None:
+def test_each_request_ends_as_it_should(model: str, traffic: dict[str, Traffic], mode: str) -> None:
     for index, outcome in enumerate(traffic[mode].outcomes):
         if kind(index) in ANSWERED:
             assert outcome["status"] == 200, (index, outcome)
-            assert outcome["texts"], (index, outcome)
+            # Random weights may end an answer at its first token; a trained model may not.
+            assert outcome["texts"] if model == "v2-lite" else all(outcome["texts"]), (index, outcome)
         elif kind(index) in CANCELLED:
             assert outcome == {"cancelled": True}, (index, outcome)
         else:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.plugin_metadata import write_plugin_metadata
 from tests.versions import environments
 
 HERE = Path(__file__).parent
@@ -18,12 +19,9 @@ PLATFORM = "pretended_rocm"
 def install_platform(site: Path) -> None:
     """Puts vLLM's ROCm platform, as a platform plugin, and stand-ins for what it imports into a folder for Python."""
     shutil.copytree(HERE / "site/platform", site, dirs_exist_ok=True)
-    info = site / f"{PLATFORM}-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLATFORM.replace('_', '-')}\nVersion: 0\n")
+    metadata = write_plugin_metadata(site, "vllm.platform_plugins", PLATFORM, "qualname")
     # transformers asks which distribution a module called flash_attn belongs to.
-    (info / "top_level.txt").write_text("\n".join(path.stem for path in (HERE / "site/platform").iterdir()))
-    (info / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{PLATFORM} = {PLATFORM}:qualname\n")
+    (metadata / "top_level.txt").write_text("\n".join(path.stem for path in (HERE / "site/platform").iterdir()))
 
 
 def run_here(arch: str, site: Path, module: str) -> list[dict]:

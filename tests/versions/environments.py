@@ -13,6 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from tests.plugin_metadata import write_plugin_metadata
+
 TORCH_OF_RELEASE = {
     "0.20.2": "2.11.0",
     "0.21.0": "2.11.0",
@@ -115,10 +117,7 @@ def install_plugin(site: Path) -> None:
 def install_plugins(site: Path) -> None:
     """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
     install_plugin(site)
-    info = site / "pretended_cuda-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: pretended-cuda\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.platform_plugins]\npretended_cuda = pretended_cuda:qualname\n")
+    write_plugin_metadata(site, "vllm.platform_plugins", "pretended_cuda", "qualname")
     shutil.copy(HERE / "pretended_cuda.py", site)
 
 
