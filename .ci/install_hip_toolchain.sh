@@ -1,6 +1,6 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Compilers for AMD GPUs on a Debian or Ubuntu machine without one: what tests/test_hip.py needs. Run as root (otherwise
+# Compilers for AMD GPUs on a Debian or Ubuntu machine without one: what tests/kernel/test_hip.py needs. Run as root (otherwise
 # exit code 3 if they are missing); may be run again. clang 19 compiles up to gfx942, the clang 22 in the ziglang wheel
 # gfx950; headers and device libraries are HIP's.
 set -euo pipefail

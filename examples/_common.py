@@ -102,12 +102,14 @@ def measured_on() -> dict[str, str]:
     """GPU or CPU and versions, found without initialising a GPU."""
     import torch
 
-    from vllm_mla_fusion import __version__, compat, target
+    from vllm_mla_fusion import __version__
+    from vllm_mla_fusion.host import support
+    from vllm_mla_fusion.jit import target
 
     gpus = [gpu.name for gpu in target.visible_gpus(target.torch_backend())]
     return {
         "device": f"{len(gpus)} x {gpus[0]}" if gpus else f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
-        "vllm": compat.installed_vllm_version() or "not installed",
+        "vllm": support.installed_vllm_version() or "not installed",
         "torch": torch.__version__,
         "vllm-mla-fusion": __version__,
         "python": platform.python_version(),

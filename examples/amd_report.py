@@ -52,7 +52,7 @@ def _run(command: list[str], log: Path) -> int:
 def _rocm_facts() -> dict[str, str]:
     import torch
 
-    from vllm_mla_fusion import build, target
+    from vllm_mla_fusion.jit import build, target
 
     try:
         fingerprint = f"{(found := target.detect_target())} {build.fingerprint(found)}"

@@ -3,6 +3,6 @@
 
 import sys
 
-from vllm_mla_fusion.bench import main
+from vllm_mla_fusion.tools.bench import main
 
 sys.exit(main())

@@ -14,7 +14,7 @@ _kernel_expected = threading.Event()
 @functools.cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(vllm_mla_fusion.__file__).parent.glob("*.py")):
+    for path in sorted(Path(vllm_mla_fusion.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -45,7 +45,8 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import activation, build, target
+from vllm_mla_fusion import activation
+from vllm_mla_fusion.jit import build, target
 
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.

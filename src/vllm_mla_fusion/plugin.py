@@ -35,21 +35,21 @@ def register() -> None:
 
 
 def _activate(mode: Mode) -> None:
-    from vllm_mla_fusion import compat, ops
+    from vllm_mla_fusion.host import hooks, layer_ops, support
 
-    is_supported, status = compat.support_status()
-    failed_probe = compat.failed_probe() if is_supported else None
+    is_supported, status = support.support_status()
+    failed_probe = support.failed_probe() if is_supported else None
     if failed_probe is not None:
-        status = f"this vLLM ({compat.installed_vllm_version()}) has no {failed_probe}"
-    problem = (None if is_supported and failed_probe is None else status) or compat.platform_problem()
+        status = f"this vLLM ({support.installed_vllm_version()}) has no {failed_probe}"
+    problem = (None if is_supported and failed_probe is None else status) or support.platform_problem()
     if problem is not None:
         if mode is Mode.STRICT:
             raise UnsupportedError(f"MLA_FUSION=strict, but {problem}. Set MLA_FUSION=1 or 0 to run stock vLLM.")
         _warn(problem)
         return
     # Compiled graphs from vLLM's cache call the op without any pass having run.
-    ops.register()
-    compat.install_hooks(_prepare_config, _before_device, _after_warm_up)
+    layer_ops.register()
+    hooks.install_hooks(_prepare_config, _before_device, _after_warm_up)
 
 
 def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
@@ -68,35 +68,38 @@ def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
 
 def _before_device(vllm_config: Any) -> None:
     """A spawned worker gets a finished configuration, which `_prepare_config` never saw in its process."""
-    from vllm_mla_fusion import compat, identity
+    from vllm_mla_fusion import identity
+    from vllm_mla_fusion.host import config
 
-    if compat.has_mla_graphs(vllm_config) and compat.config_problem(vllm_config) is None:
+    if config.has_mla_graphs(vllm_config) and config.config_problem(vllm_config) is None:
         identity.expect_kernel()
 
 
 def _after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
-    from vllm_mla_fusion import report
+    from vllm_mla_fusion.host import report
 
     report.after_warm_up(vllm_config, worker, rank)
 
 
 def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
-    from vllm_mla_fusion import compat, identity, kernel, target
+    from vllm_mla_fusion import identity, kernel
+    from vllm_mla_fusion.host import config, hooks, support
+    from vllm_mla_fusion.jit import target
 
-    if not compat.has_mla_graphs(vllm_config):
+    if not config.has_mla_graphs(vllm_config):
         return None
-    problem = compat.config_problem(vllm_config)
+    problem = config.config_problem(vllm_config)
     if problem is not None:
         return problem
-    if compat.is_gpu_platform() and target.lacks_gpu():
+    if support.is_gpu_platform() and target.lacks_gpu():
         # Only drives workers: they build for the GPUs that they see, or run the update inside their graphs as it is.
-        return compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
+        return hooks.keep_update_in_graph(vllm_config, splitting_ops_are_default)
     identity.expect_kernel()
-    return kernel.failure() or compat.keep_update_in_graph(vllm_config, splitting_ops_are_default)
+    return kernel.failure() or hooks.keep_update_in_graph(vllm_config, splitting_ops_are_default)
 
 
 @functools.cache
 def _warn(problem: str) -> None:
     """Once per process: every engine, and every copy of a configuration, has the same problem."""
-    # Without compat, which may be what cannot be imported.
+    # Without host, which may be what cannot be imported.
     activation.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)

@@ -20,7 +20,8 @@ from vllm.plugins import load_general_plugins
 
 from tests.versions import graphs, hooks, replay, stock_model, tracing
 from tests.versions.variants import YARN, Rope, Variant
-from vllm_mla_fusion import compat, kernel, report
+from vllm_mla_fusion import kernel
+from vllm_mla_fusion.host import cache_writer, layers, passes, report
 
 AITER = os.environ.get("VLLM_ROCM_USE_AITER") == "1"
 AITER_OP = "vllm::rocm_aiter_triton_rotary_embedding"
@@ -61,7 +62,7 @@ def _variants() -> Iterator[Variant]:
 def _platform_problems() -> Iterator[str]:
     if not current_platform.is_rocm():
         yield f"the platform is {current_platform}"
-    if current_platform.get_pass_manager_cls() != f"{compat.__name__}.FusionPassManager":
+    if current_platform.get_pass_manager_cls() != f"{passes.__name__}.FusionPassManager":
         yield f"the pass manager is {current_platform.get_pass_manager_cls()}"
 
 
@@ -76,7 +77,7 @@ def _variant_problems(variant: Variant, scratch: Path) -> Iterator[str]:
     yield from _graph_problems(variant, trace)
     yield from (f"the pass says: {reason}" for reason in report._left_alone)
     if AITER:
-        with patch.multiple(compat, fuse=lambda graph: None, defunctionalise=lambda graph: None):
+        with patch.multiple(passes, fuse=lambda graph: None, defunctionalise=lambda graph: None):
             stock = _trace(config, variant, mode)
         yield from _rival_problems(graphs._count(stock.after), graphs._count(trace.after))
     with mode:
@@ -115,18 +116,18 @@ def _rival_problems(stock: Counter[str | None], fused: Counter[str | None]) -> I
 
 def _left_alone_problems(config: Any) -> Iterator[str]:
     """A backend that writes the cache itself, fp8_e5m2, and float16 in fp8 stay vLLM's."""
-    layer = next(iter(compat.mla_layers(config).values()))
+    layer = next(iter(layers.mla_layers(config).values()))
     latent = torch.empty(1, layer.kv_lora_rank, dtype=torch.bfloat16, device="cuda")
     cache = torch.empty(4, 64, layer.head_size, dtype=torch.uint8, device="cuda")
-    reason = compat.why_not_replaced(layer, cache, "fp8_e5m2", latent)
+    reason = cache_writer.why_not_replaced(layer, cache, "fp8_e5m2", latent)
     if reason is None or "fp8_e5m2" not in reason:
         yield f"fp8_e5m2 is not left alone: {reason}"
-    reason = compat.why_not_replaced(layer, cache, "fp8", latent.half())
+    reason = cache_writer.why_not_replaced(layer, cache, "fp8", latent.half())
     if reason is None or "float16" not in reason:
         yield f"float16 in fp8 is not left alone: {reason}"
     own_writer = type("OwnWriterImpl", (type(layer.impl),), {"do_kv_cache_update": lambda self: None})
     with patch.object(layer, "impl", own_writer.__new__(own_writer)):
-        reason = compat.why_not_replaced(layer, cache, "fp8", latent)
+        reason = cache_writer.why_not_replaced(layer, cache, "fp8", latent)
     if reason != "OwnWriterImpl has its own cache writer":
         yield f"a backend with its own writer is not left alone: {reason}"
 
@@ -140,7 +141,7 @@ def _backend_problems() -> Iterator[str]:
         except (ImportError, AttributeError):
             continue
         found += 1
-        if implementation.do_kv_cache_update not in compat._default_writers():
+        if implementation.do_kv_cache_update not in cache_writer._default_writers():
             yield f"{name} has its own cache writer"
     if found < 3:
         yield f"only {found} backends found"

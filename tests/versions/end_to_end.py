@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests import engines
+from tests.engine import engines
 
 from . import environments, matrix
 

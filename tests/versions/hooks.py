@@ -19,7 +19,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from vllm_mla_fusion import compat, identity, plugin, report
+from vllm_mla_fusion import identity, plugin
+from vllm_mla_fusion.host import cache_writer, layers, passes, report, support
 
 from .stock_model import NUM_LAYERS
 
@@ -38,9 +39,9 @@ def problems() -> Iterator[str]:
     plugin.register()
     if _hooked_functions() != hooked:
         yield "registering again hooks again"
-    if probe := compat.failed_probe():
+    if probe := support.failed_probe():
         yield f"probe {probe} fails"
-    if resolve_obj_by_qualname(current_platform.get_pass_manager_cls()) is not compat.FusionPassManager:
+    if resolve_obj_by_qualname(current_platform.get_pass_manager_cls()) is not passes.FusionPassManager:
         yield f"the platform's pass manager is {current_platform.get_pass_manager_cls()}"
     if "VLLM_MLA_FUSION" not in envs.compile_factors():
         yield "the plugin is not part of the compile cache's key"
@@ -59,25 +60,25 @@ def _hooked_functions() -> tuple[Any, ...]:
 def config_problems(config: VllmConfig) -> Iterator[str]:
     """Whether the cache update may enter the graphs, also in the copy that composite models make of their config."""
     for each in (config, config.with_hf_config(config.model_config.hf_config)):
-        if compat.UPDATE_OP in each.compilation_config.splitting_ops:
-            yield f"{compat.UPDATE_OP} is still a splitting op"
+        if support.UPDATE_OP in each.compilation_config.splitting_ops:
+            yield f"{support.UPDATE_OP} is still a splitting op"
 
 
 def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:
     """What keeps the op at run time from writing the caches of the layers that were built with `config`."""
-    layers = compat.mla_layers(config)
-    if len(layers) != NUM_LAYERS:
-        yield f"{len(layers)} MLA layers found, expected {NUM_LAYERS}"
+    built = layers.mla_layers(config)
+    if len(built) != NUM_LAYERS:
+        yield f"{len(built)} MLA layers found, expected {NUM_LAYERS}"
     latent = torch.empty(1, config.model_config.hf_config.kv_lora_rank, dtype=torch.bfloat16, device="cuda")
     slots = torch.zeros(1, dtype=torch.int64, device="cuda")
-    for name, layer in layers.items():
+    for name, layer in built.items():
         dtype = torch.bfloat16 if cache_dtype == "auto" else torch.uint8
         layer.kv_cache = torch.zeros(BLOCKS, BLOCK_SIZE, layer.head_size, dtype=dtype, device="cuda")
         with set_forward_context(None, config, slot_mapping={name: slots}):
-            found = compat.layer_context(_encode_layer_name(name))
+            found = layers.layer_context(_encode_layer_name(name))
         if not all(map(_is, found, (layer, layer.kv_cache, slots))):
             yield f"{name} is not found in the forward context"
-        if reason := compat.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent):
+        if reason := cache_writer.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent):
             yield f"{name} would not be written: {reason}"
 
 
@@ -98,7 +99,7 @@ def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]
         wrapper.compile_or_warm_up_model()
         yield "strict mode accepts layers that never ran the op"
     yield from _own_code_problems(config, wrapper.worker, model)
-    for layer in compat.mla_layers(config).values():
+    for layer in layers.mla_layers(config).values():
         report.saw_layer(layer, None, with_norm=False)
     if wrapper.compile_or_warm_up_model() != "times":
         yield "the warm-up's result is lost"
@@ -106,13 +107,13 @@ def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]
 
 def _own_code_problems(config: VllmConfig, worker: Any, model: torch.nn.Module) -> Iterator[str]:
     """The release's wrapper is told from one without RoPE, as Kimi-Linear has."""
-    if found := compat.layers_with_own_code(config, worker):
+    if found := layers.layers_with_own_code(config, worker):
         yield f"stock layers are taken for a model's own: {found}"
     wrappers = [module for module in model.modules() if hasattr(module, "rotary_emb")]
     with ExitStack() as without_rope:
         for wrapper in wrappers:
             without_rope.enter_context(patch.object(wrapper, "rotary_emb", None))
-        found = compat.layers_with_own_code(config, worker)
+        found = layers.layers_with_own_code(config, worker)
     if [each.reason for each in found.values()] != ["it has no rotary embedding"] * NUM_LAYERS:
         yield f"layers without RoPE are not recognised: {found}"
 

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from vllm_mla_fusion import compat, fusion_pass
+from vllm_mla_fusion.fx import fusion_pass
+from vllm_mla_fusion.host import layers
 
 from . import codegen, graphs
 from .stock_model import NUM_LAYERS
@@ -56,7 +57,7 @@ def problems_of(trace: Trace) -> Iterator[str]:
 
 def _define() -> Any:
     tensors = "Tensor positions, Tensor(a!) q_pe, Tensor(b!) k_pe, Tensor kv_c, Tensor cos_sin_cache"
-    rest = f"bool is_neox, str kv_cache_dtype, Tensor kv_cache_scale, {compat.layer_name_schema_type()} layer_name"
+    rest = f"bool is_neox, str kv_cache_dtype, Tensor kv_cache_scale, {layers.layer_name_schema_type()} layer_name"
     LIBRARY.define(f"{NAME}({tensors}, {rest}) -> ()", tags=(torch.Tag.flexible_layout,))
     LIBRARY._register_fake(NAME, lambda *args, **kwargs: None)
     return getattr(torch.ops.mla_fusion_tests, NAME)

@@ -44,7 +44,7 @@ def _hook_problems() -> Iterable[str]:
 
 
 def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
-    from vllm_mla_fusion import report
+    from vllm_mla_fusion.host import report
 
     from . import codegen, graphs, hooks, stock_model, tracing
 
@@ -80,7 +80,7 @@ def _in_place_problems(scratch: Path, graphs_folder: Path | None) -> Iterable[st
 
 
 def _sparse_problems(scratch: Path) -> Iterable[str]:
-    from vllm_mla_fusion import report
+    from vllm_mla_fusion.host import report
 
     from . import sparse, stock_model, tracing
 

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of this process run the fused op, and the one line that says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_mla_fusion import __version__, activation, kernel
+from vllm_mla_fusion.host import cache_writer, config, layers, support
+
+# What a layer keeps of its last run by the op. The pass alone cannot know: warm starts load graphs that it rewrote
+# earlier. Nor would names do: engines of one process have layers of the same names.
+_STATE = "_mla_fusion"
+_left_alone: Counter[str] = Counter()
+
+NO_ROPE = "no rotary embedding leads to the key that is cached"
+NOT_SEEN = (
+    "its graph has no cache update beside a rotary embedding (explicit splitting_ops, a model with its own fused "
+    "rotary embedding or none, or graphs from vLLM's compile cache)"
+)
+
+
+class NotFusedError(RuntimeError):
+    """MLA_FUSION=strict and at least one MLA layer does not run the fused op."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    reason: str | None
+    with_norm: bool
+
+
+@dataclass
+class _Judgement:
+    """Why layers are not fused, by name: those that could have been, and those that never had anything to fuse."""
+
+    problems: dict[str, str] = field(default_factory=dict)
+    patternless: dict[str, str] = field(default_factory=dict)
+
+
+def saw_layer(layer: Any, reason: str | None, with_norm: bool) -> None:
+    """The fused op ran for a layer; `reason`: why vLLM's own writer wrote its cache."""
+    vars(layer)[_STATE] = _Seen(reason, with_norm)
+
+
+def left_alone(reasons: list[str], without_rope: int = 0) -> None:
+    """The pass left sites of a graph unfused: for these reasons, and so many because their key is not rotated."""
+    _left_alone.update(reasons)
+    if without_rope:
+        _left_alone[NO_ROPE] += without_rope
+
+
+def _judge(vllm_config: Any, mla: dict[str, Any], worker: Any) -> _Judgement:
+    not_seen = _why_not_seen(vllm_config) if mla else NOT_SEEN
+    own_code = layers.layers_with_own_code(vllm_config, worker)
+    judgement = _Judgement()
+    for name, layer in mla.items():
+        seen = vars(layer).get(_STATE)
+        own = own_code.get(name)
+        if seen is not None:
+            reason = seen.reason or _bound_cache_problem(layer)
+            if reason is not None:
+                judgement.problems[name] = reason
+        elif own is not None and (own.certain or not_seen in (NO_ROPE, NOT_SEEN)):
+            judgement.patternless[name] = own.reason
+        else:
+            judgement.problems[name] = not_seen
+    return judgement
+
+
+def _why_not_seen(vllm_config: Any) -> str:
+    """Why a layer may be one for which the op did not run."""
+    config_problem = config.not_compiled_reason(vllm_config) or config.config_problem(vllm_config)
+    if config_problem is not None:
+        return config_problem
+    kernel_problem = kernel.failure_in_short()
+    if kernel_problem is not None:
+        return f"the kernel is not available: {kernel_problem}"
+    return "; ".join(_left_alone) or NOT_SEEN
+
+
+def _bound_cache_problem(layer: Any) -> str | None:
+    """The op's decision for a layer that so far ran only before its cache was bound."""
+    cache = layer.kv_cache
+    if cache.numel() == 0:
+        return None
+    return cache_writer.why_not_replaced(layer, cache, layer.kv_cache_dtype, cache)
+
+
+def after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
+    """Logs how many MLA layers are fused, once per engine; strict mode raises if one is not.
+
+    Raises:
+        NotFusedError: in strict mode, with the layers and their reasons.
+    """
+    found = layers.mla_layers(vllm_config)
+    judgement = _judge(vllm_config, found, worker)
+    if rank == 0:
+        _log(vllm_config, found, judgement)
+    elif judgement.problems and rank % vllm_config.parallel_config.tensor_parallel_size == 0:
+        # The first worker of another pipeline stage, whose layers no other worker can name.
+        _warn_of(judgement.problems)
+    _left_alone.clear()
+    not_fused = judgement.problems | judgement.patternless
+    if not_fused and activation.mode() is activation.Mode.STRICT:
+        raise NotFusedError(
+            f"MLA_FUSION=strict, but {len(not_fused)} of {len(found)} MLA layers are not fused: "
+            f"{_summary(not_fused)}. Remove the cause, or set MLA_FUSION=1 to run these layers as stock vLLM."
+        )
+
+
+def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
+    not_compiled = config.not_compiled_reason(vllm_config)
+    if len(judgement.patternless) == len(mla):
+        why = _summary(judgement.patternless) or "the model has no MLA mla"
+        activation.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
+        return
+    if not_compiled is not None:
+        activation.logger.info("MLA fusion %s: nothing to fuse, %s.", __version__, not_compiled)
+        return
+    untested = support.untested_release()
+    if untested is not None:
+        activation.logger.info("MLA fusion %s is untested here: %s.", __version__, untested)
+    fused = [layer for name, layer in mla.items() if name not in judgement.problems | judgement.patternless]
+    if fused:
+        _log_fused(fused, len(mla), vllm_config.parallel_config.pipeline_parallel_size)
+    if judgement.patternless:
+        activation.logger.debug("MLA fusion: mla without anything to fuse: %s", _summary(judgement.patternless))
+    if judgement.problems:
+        _warn_of(judgement.problems, "" if fused else f" {__version__}: 0 of {len(mla)} MLA mla fused")
+
+
+def _log_fused(fused: list[Any], count: int, pipeline_stages: int) -> None:
+    target = kernel.load()
+    backend = " ".join([target.backend, *target.archs])
+    with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
+    norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
+    # Other stages' layers are in other processes, which speak only of problems.
+    stage = f" in the first of {pipeline_stages} pipeline stages" if pipeline_stages > 1 else ""
+    message = "MLA fusion %s (%s): %d of %d MLA layers fused%s%s."
+    activation.logger.info(message, __version__, backend, len(fused), count, stage, norm)
+
+
+def _warn_of(problems: dict[str, str], total: str = "") -> None:
+    activation.logger.warning("MLA fusion%s: layers that run as stock vLLM: %s", total, _summary(problems))
+
+
+def _summary(problems: dict[str, str]) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in problems.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {reason}"
+        for reason, names in by_reason.items()
+    )

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as a user runs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from vllm_mla_fusion.host import support
+from vllm_mla_fusion.jit import build, compiling, target
+from vllm_mla_fusion.jit.build import Target
+from vllm_mla_fusion.tools import bench, cli, doctor
+from vllm_mla_fusion.tools.cli import main
+from vllm_mla_fusion.tools.model_check import ConfigNotFoundError, check_model, judge
+
+MLA = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 61}
+
+
+@pytest.fixture(autouse=True)
+def healthy(tmp_path, monkeypatch):
+    """A machine with nothing to complain about, and an empty cache."""
+    csrc = tmp_path / "csrc"
+    csrc.mkdir()
+    (csrc / "empty.cpp").write_text("int nothing;\n")
+    for module in (build, compiling):
+        monkeypatch.setattr(module, "csrc_dir", lambda: csrc)
+    monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLA_FUSION", "1")
+    for name in ("VLLM_PLUGINS", "VLLM_MLA_DISABLE", "MLA_FUSION_ARCH", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [selection])
+    monkeypatch.setattr(support, "installed_vllm_version", lambda: "0.33.0")
+    monkeypatch.setattr(support, "failed_probe", lambda: None)
+    monkeypatch.setattr(support, "platform_problem", lambda: None)
+    monkeypatch.setattr(target, "torch_backend", lambda: "cpu")
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+def problems(*arguments: str) -> dict[str, dict]:
+    """The problems that ``doctor --json`` reports, by name; each must have a remedy."""
+    result = run("doctor", "--json", *arguments)
+    report = json.loads(result.output)
+    found = {check["name"]: check for check in report["checks"] if check["status"] == "problem"}
+    assert all(check["remedy"] for check in found.values())
+    assert report["ok"] == (not found)
+    assert result.exit_code == (1 if found else 0)
+    return found
+
+
+# ---- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def test_healthy_machine():
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "No problem found." in result.output
+    assert "not built yet for cpu" in result.output
+    assert "on: MLA_FUSION=1" in result.output
+    assert "\x1b" not in result.output, "no colour codes in a pipe"
+    assert not build.cache_dir().exists(), "the doctor changes nothing"
+
+
+def test_doctor_uses_no_network(monkeypatch, tmp_path):
+    def refuse(*arguments, **options):
+        raise AssertionError("the doctor went to the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert list(problems("--model", "deepseek-ai/DeepSeek-V3")) == ["model"]
+
+
+def test_unknown_variables_get_a_suggestion(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_CACHEDIR", "/tmp")
+    found = problems()["environment"]
+    assert "MLA_FUSION_CACHEDIR" in found["detail"]
+    assert "Did you mean MLA_FUSION_CACHE_DIR?" in found["remedy"]
+    monkeypatch.delenv("MLA_FUSION_CACHEDIR")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("VLLM_MLA_FUSION", "MLA_FUSION"),
+        ("MLA_FUSON", "MLA_FUSION"),
+        ("MLAFUSION", "MLA_FUSION"),
+        ("MLA_FUSION_ARCHS", "MLA_FUSION_ARCH"),
+        ("MLA_FUSION_STRICT", "MLA_FUSION=strict"),
+    ],
+)
+def test_suggestions(name, meant, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert problems()["environment"]["remedy"].startswith(f"Did you mean {meant}? Known: ")
+
+
+def test_a_variable_unlike_any_other_gets_no_suggestion(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_VERBOSITY", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/tmp")
+    (check,) = (check for check in doctor.diagnose() if check.name == "environment")
+    assert check.remedy.startswith("Known: ")
+
+
+def test_one_cause_is_one_problem(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_ARCH", "sm90")
+    checks = [check for check in doctor.diagnose() if check.status == "problem"]
+    assert [check.name for check in checks] == ["compilers"]
+    assert "'sm90'" in checks[0].detail
+
+
+def test_known_variables_are_all_that_the_package_reads():
+    package = Path(doctor.__file__).parents[1]
+    used = set()
+    for path in package.rglob("*.py"):
+        used |= set(re.findall(r"""environ(?:\.get\(|\[)["'](MLA_FUSION\w*)""", path.read_text()))
+        used |= set(re.findall(r"""^\w*VARIABLE = ["'](MLA_FUSION\w*)""", path.read_text(), re.MULTILINE))
+    assert used == set(doctor.KNOWN_VARIABLES)
+
+
+def test_activation(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION", "yes")
+    assert "strict" in problems()["activation"]["detail"]
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    assert problems() == {}
+    monkeypatch.delenv("MLA_FUSION")
+    assert problems() == {}
+    assert "-> export MLA_FUSION=1" in run("doctor").output
+
+
+def test_norm(monkeypatch):
+    monkeypatch.setenv("MLA_FUSION_NORM", "yes")
+    found = problems()["norm"]
+    assert "MLA_FUSION_NORM must be auto or unset" in found["detail"]
+    assert found["remedy"] == "unset MLA_FUSION_NORM"
+
+
+def test_plugin_not_installed_or_not_allowed(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS=other" in problems()["plugin"]["detail"]
+    monkeypatch.setenv("VLLM_PLUGINS", "other,mla_fusion")
+    assert problems() == {}
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [])
+    assert "pip install vllm-mla-fusion" in problems()["plugin"]["remedy"]
+
+
+def test_vllm_missing_or_unsupported(monkeypatch):
+    monkeypatch.setattr(support, "support_status", lambda: (False, "vLLM 0.1 is too old"))
+    assert problems()["vllm"]["detail"] == "vLLM 0.1 is too old"
+    monkeypatch.setattr(support, "installed_vllm_version", lambda: None)
+    assert "pip install vllm" in problems()["vllm"]["remedy"]
+
+
+def test_untested_vllm_is_a_note(monkeypatch):
+    monkeypatch.setattr(support, "installed_vllm_version", lambda: "0.34.0")
+    (check,) = (check for check in doctor.diagnose() if check.name == "vllm")
+    assert check.status == "note"
+    assert "0.34.0 is newer than the newest tested release" in check.detail
+    assert problems() == {}
+
+
+def test_failed_probe_and_platform(monkeypatch):
+    monkeypatch.setattr(support, "platform_problem", lambda: "platform 'tpu' is not supported")
+    assert problems()["platform"]["detail"] == "platform 'tpu' is not supported"
+    monkeypatch.setattr(support, "failed_probe", lambda: "InductorPass in vllm")
+    found = problems()
+    assert list(found) == ["vllm"]
+    assert found["vllm"]["detail"] == "vLLM 0.33.0 has no InductorPass in vllm"
+
+
+def test_image_build_without_a_gpu_has_no_platform_problem(monkeypatch):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    monkeypatch.setattr(support, "platform_problem", lambda: "vLLM finds no GPU on this machine")
+    assert "platform" not in problems()
+
+
+def test_doctor_probes_the_installed_vllm():
+    """In a process of its own: a pure report on standard output, whatever vLLM logs, and no CUDA."""
+    pytest.importorskip("vllm")
+    code = (
+        "import contextlib, torch; from vllm_mla_fusion.tools import cli\n"
+        "with contextlib.suppress(SystemExit): cli.main(['doctor', '--json'])\n"
+        "import sys; sys.exit(torch.cuda.is_initialized() or 'vllm.platforms' not in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert checks["vllm"]["status"] == "ok"
+    assert "platform" not in checks
+
+
+def test_torch_too_old(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.10.1+cu130")
+    found = problems()
+    assert found["torch"]["detail"] == "2.10.1+cu130 is too old: 2.11 is needed"
+    assert "-> First get what is missing above." in run("doctor").output
+
+
+def test_no_compiler_is_a_problem_until_the_kernel_is_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert list(problems()) == ["c++"]
+    assert "-> First get what is missing above." in run("doctor").output
+    monkeypatch.delenv("CXX")
+    assert run("build").exit_code == 0
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert problems() == {}
+    assert "built for cpu:" in run("doctor").output
+
+
+def test_cache_that_others_can_write():
+    build.cache_dir().mkdir()
+    build.cache_dir().chmod(0o777)
+    assert "chmod go-w" in problems()["cache"]["remedy"]
+
+
+def test_gpu_lines(monkeypatch, tmp_path):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [target.Gpu("GPU-1", "9.0", "NVIDIA H100")])
+    monkeypatch.setattr(target, "driver_version", lambda backend: "575.1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert checks["gpu"].detail == "0: NVIDIA H100, architecture 9.0"
+    assert checks["driver"].detail == "575.1"
+    assert "cuda-9.0" in checks["kernel"].detail
+    assert checks["nvcc"].status == "problem", "this torch has no CUDA version that a toolkit could fit"
+
+
+def test_no_gpu_for_a_gpu_build(monkeypatch):
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    checks = {check.name: check for check in doctor.diagnose()}
+    assert (checks["gpu"].status, checks["kernel"].status) == ("note", "note")
+    assert checks["kernel"].detail.endswith("built so far: nothing")
+    assert "vllm-mla-fusion build --arch 9.0" in checks["kernel"].remedy
+    assert run("build", "--arch", "cpu").exit_code == 0
+    assert {check.name: check for check in doctor.diagnose()}["kernel"].detail.endswith("built so far: cpu")
+    monkeypatch.setenv("MLA_FUSION_ARCH", "10.0")
+    assert "cuda-10.0" in {check.name: check for check in doctor.diagnose()}["kernel"].detail
+
+
+def test_a_check_that_fails_is_a_finding(monkeypatch):
+    def explode():
+        raise RuntimeError("sysfs on fire")
+
+    monkeypatch.setattr(support, "support_status", explode)
+    assert "RuntimeError: sysfs on fire" in problems()["vllm"]["detail"]
+    assert "Reinstall" in problems()["vllm"]["remedy"]
+    monkeypatch.setattr(build, "is_built", lambda wanted: explode())
+    assert problems()["kernel"]["remedy"].startswith("vllm-mla-fusion clean;")
+
+
+# ---- doctor --model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "fuses", "detail"),
+    [
+        ({}, "yes", "kv_lora_rank 512, qk_rope_head_dim 64, 61 MLA layers"),
+        ({"model_type": "longcat_flash", "num_layers": 28, "num_hidden_layers": None}, "yes", "56 MLA layers"),
+        ({"model_type": "bailing_hybrid"}, "yes", "some of 61 layers"),
+        ({"index_topk": 2048}, "unknown", "use_inductor_graph_partition"),
+        ({"model_type": "glm_moe_dsa"}, "unknown", "DSA"),
+        ({"model_type": "kimi_linear"}, "no", "no RoPE"),
+        ({"qk_rope_head_dim": 0}, "no", "no RoPE"),
+        ({"model_type": "deepseek_v4", "kv_lora_rank": None}, "no", "kernels of its own"),
+        ({"model_type": "minicpm3"}, "no", "ordinary attention"),
+        ({"model_type": "sarvam_mla"}, "no", "does not list its model type as MLA"),
+        ({"kv_lora_rank": None}, "no", "no MLA layers"),
+        ({"model_type": "brand_new"}, "unknown", "read its report"),
+    ],
+)
+def test_judgement(change, fuses, detail):
+    found = judge({**MLA, **change})
+    assert found.fuses == fuses
+    assert detail in found.detail
+
+
+def test_model_directory_file_and_nested_text_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": MLA}))
+    assert check_model(str(tmp_path)).fuses == "yes"
+    assert check_model(str(tmp_path / "config.json")).model_type == "deepseek_v3"
+    result = run("doctor", "--model", str(tmp_path))
+    assert result.exit_code == 0
+    assert "deepseek_v3: fuses; kv_lora_rank 512" in result.output
+
+
+@pytest.mark.parametrize(("key", "fuses"), [("qk_nope_head_dim", "yes"), ("head_dim", "no")])
+def test_mistrals_params(key, fuses, tmp_path):
+    geometry = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if fuses == "yes" else {}
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 7168, "n_layers": 61, key: 128, **geometry}))
+    found = check_model(str(tmp_path))
+    assert found.fuses == fuses
+    assert found.detail.endswith("61 MLA layers") == (fuses == "yes")
+
+
+def test_mla_switched_off_in_vllm_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(MLA))
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    assert problems("--model", str(tmp_path))["model"]["remedy"] == "unset VLLM_MLA_DISABLE"
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
+    assert problems("--model", str(tmp_path)) == {}
+
+
+def test_model_that_does_not_fuse_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**MLA, "qk_rope_head_dim": 0}))
+    assert "has MLA layers, but they do not fuse" in problems("--model", str(tmp_path))["model"]["detail"]
+
+
+def test_model_in_the_local_hub_cache(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(MLA))
+    (tmp_path / "models--org--name" / "refs").mkdir()
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert check_model("org/name").fuses == "yes"
+
+
+@pytest.mark.parametrize("model", ["org/absent-model-of-nobody", "not a/valid/name", "/no/such/directory"])
+def test_model_that_is_not_here(model):
+    with pytest.raises(ConfigNotFoundError):
+        check_model(model)
+
+
+def test_broken_config(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in problems("--model", str(tmp_path))["model"]["detail"]
+
+
+# ---- build, clean, bench --------------------------------------------------------------------------------------------
+
+
+def test_build_says_progress_path_and_time_then_clean():
+    result = run("build")
+    assert result.exit_code == 0, result.output
+    library = build.library_path(Target("cpu"))
+    assert re.search(r"\[2/2\] \d+\.\d s", result.output)
+    assert re.search(rf"cpu: {library} \(\d+\.\d s\)", result.output)
+    assert library.exists()
+    assert "[2/2]" not in run("build", "--arch", "cpu").output
+    (library.parent / "build.log").unlink()
+    assert run("build").exit_code == 0
+    assert "removed 1 built kernel from" in run("clean").output
+    assert not library.exists()
+    assert "removed 0 built kernels from" in run("clean").output
+
+
+def test_build_compiles_each_architecture_by_itself(monkeypatch, tmp_path):
+    asked = []
+
+    def pretend(wanted, say, progress):
+        asked.append(str(wanted))
+        (tmp_path / "build.log").write_text("")
+        return tmp_path / "mla_fusion.so"
+
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(build, "build", pretend)
+    assert run("build", "--arch", "9.0", "--arch", "10.0", "--arch", "9.0").exit_code == 0
+    assert asked == ["cuda-9.0", "cuda-10.0"]
+    assert run("build", "--arch", "9.0,10.0").exit_code == 0
+    assert asked[2:] == ["cuda-10.0-9.0"], "one library for both"
+    result = run("build", "--arch", "10.0a,9.0a")
+    assert result.exit_code == 1
+    assert "Architecture '10.0a,9.0a' has a suffix" in result.output
+    assert "Give 10.0,9.0." in result.output
+
+
+def test_build_without_a_gpu_asks_for_the_architecture(monkeypatch, tmp_path):
+    """An image must not get the CPU kernel, which its server would never load, and exit code 0."""
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: [])
+    result = run("build")
+    assert result.exit_code == 1
+    assert "No GPU is visible" in result.output
+    assert "vllm-mla-fusion build --arch 9.0" in result.output
+    assert not build.cache_dir().exists()
+    asked = []
+    monkeypatch.setattr(cli, "_build_one", asked.append)
+    monkeypatch.setenv("MLA_FUSION_ARCH", "9.0")
+    assert run("build").exit_code == 0
+    assert asked == [Target("cuda", ("9.0",))]
+
+
+def test_failures_exit_with_one_and_a_remedy(monkeypatch):
+    assert run("build", "--arch", "hopper").exit_code == 1
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    result = run("build")
+    assert result.exit_code == 1
+    assert "What to do: Install a C++ compiler" in result.output
+
+
+def test_bench_hands_its_arguments_on(monkeypatch):
+    monkeypatch.setattr(bench, "main", lambda arguments: 7 if arguments == ["--help", "--tokens", "8"] else 5)
+    assert run("bench", "--help", "--tokens", "8").exit_code == 7
+
+
+def test_python_dash_m():
+    shown = subprocess.run(
+        [sys.executable, "-m", "vllm_mla_fusion", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(command in shown for command in ("doctor", "build", "bench", "clean"))
+
+
+def test_importing_the_commands_starts_nothing():
+    code = "import sys, vllm_mla_fusion.tools.cli; sys.exit('torch' in sys.modules or 'vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
