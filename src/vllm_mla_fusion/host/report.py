@@ -114,7 +114,7 @@ def after_warm_up(vllm_config: Any, worker: Any, rank: int) -> None:
 def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
     not_compiled = config.not_compiled_reason(vllm_config)
     if len(judgement.patternless) == len(mla):
-        why = _summary(judgement.patternless) or "the model has no MLA mla"
+        why = _summary(judgement.patternless) or "the model has no MLA layers"
         activation.logger.debug("MLA fusion %s: nothing to fuse, %s.", __version__, why)
         return
     if not_compiled is not None:
@@ -127,9 +127,9 @@ def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
     if fused:
         _log_fused(fused, len(mla), vllm_config.parallel_config.pipeline_parallel_size)
     if judgement.patternless:
-        activation.logger.debug("MLA fusion: mla without anything to fuse: %s", _summary(judgement.patternless))
+        activation.logger.debug("MLA fusion: layers without anything to fuse: %s", _summary(judgement.patternless))
     if judgement.problems:
-        _warn_of(judgement.problems, "" if fused else f" {__version__}: 0 of {len(mla)} MLA mla fused")
+        _warn_of(judgement.problems, "" if fused else f" {__version__}: 0 of {len(mla)} MLA layers fused")
 
 
 def _log_fused(fused: list[Any], count: int, pipeline_stages: int) -> None:
