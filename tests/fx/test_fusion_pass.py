@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,14 +20,16 @@ import mla_layer
 from mla_layer import Attention, Layer, forward_context, inputs
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.fx import fusion_pass
+from vllm_mla_fusion.fx import fusion, in_place, probe
+from vllm_mla_fusion.fx import norm as latents_norm
+from vllm_mla_fusion.fx.ops import FusionOps
 from vllm_mla_fusion.host import passes
 
 aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
-def ops() -> fusion_pass.FusionOps:
+def ops() -> FusionOps:
     kernel.load()
     return passes.fusion_ops()
 
@@ -47,19 +49,19 @@ def _rotate_in_place(positions, query, key, head_size, cos_sin_cache, is_neox):
 class Pass(CustomGraphPass):
     """Both steps, with the graph before, between and after."""
 
-    def __init__(self, ops: fusion_pass.FusionOps, enabled: bool = True) -> None:
+    def __init__(self, ops: FusionOps, enabled: bool = True) -> None:
         self.ops, self.enabled = ops, enabled
         self.before: list = []
         self.after: list = []
-        self.results: list[fusion_pass.FusionResult] = []
+        self.results: list[fusion.FusionResult] = []
         self.in_place: list[int] = []
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         self.before.append([node.target for node in graph.nodes])
         if self.enabled:
-            self.results.append(fusion_pass.fuse(graph, self.ops))
+            self.results.append(fusion.fuse(graph, self.ops))
             graph.lint()
-            self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
+            self.in_place.append(in_place.defunctionalise(graph, self.ops).in_place)
             graph.lint()
         self.after.append(list(graph.nodes))
 
@@ -114,7 +116,7 @@ class Stack(torch.nn.Module):
 
 @pytest.mark.parametrize("is_neox", [False, True], ids=["gptj", "neox"])
 @pytest.mark.parametrize("rope", list(mla_layer.ROPES))
-def test_piece_of_the_dynamo_partition(rope: str, is_neox: bool, ops: fusion_pass.FusionOps) -> None:
+def test_piece_of_the_dynamo_partition(rope: str, is_neox: bool, ops: FusionOps) -> None:
     """Query, latent, rotated key and the update's dummy leave the graph; attention is in the next one."""
     torch.manual_seed(0)
     layer = Layer("layers.0", rope, is_neox, piece=True)
@@ -140,7 +142,7 @@ def test_piece_of_the_dynamo_partition(rope: str, is_neox: bool, ops: fusion_pas
 
 @pytest.mark.parametrize("q_lora", [True, False], ids=["q_lora", "no_q_lora"])
 @pytest.mark.parametrize("rope", list(mla_layer.ROPES))
-def test_whole_graph(rope: str, q_lora: bool, ops: fusion_pass.FusionOps) -> None:
+def test_whole_graph(rope: str, q_lora: bool, ops: FusionOps) -> None:
     """Inductor's partition, and the CPU: all layers and their attention in one graph."""
     torch.manual_seed(0)
     count = 3
@@ -164,7 +166,7 @@ def test_whole_graph(rope: str, q_lora: bool, ops: fusion_pass.FusionOps) -> Non
     assert_close(cache, expected_cache)
 
 
-def test_other_token_counts_and_no_slots(ops: fusion_pass.FusionOps) -> None:
+def test_other_token_counts_and_no_slots(ops: FusionOps) -> None:
     """The compiled graph serves other sizes, and a profiling run without slot mapping rotates all the same."""
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention()}
@@ -183,7 +185,7 @@ def test_other_token_counts_and_no_slots(ops: fusion_pass.FusionOps) -> None:
     assert [result.fused for result in the_pass.results] == [1]
 
 
-def test_llama_4_scaling_reads_the_rotated_query(ops: fusion_pass.FusionOps) -> None:
+def test_llama_4_scaling_reads_the_rotated_query(ops: FusionOps) -> None:
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
@@ -233,7 +235,7 @@ FUSED_AND_IN_PLACE = {
 
 
 @pytest.mark.parametrize(("layer_class", "rope"), FUSED_AND_IN_PLACE)
-def test_queries_without_and_with_other_readers(rope: str, layer_class: type, ops: fusion_pass.FusionOps) -> None:
+def test_queries_without_and_with_other_readers(rope: str, layer_class: type, ops: FusionOps) -> None:
     layer = layer_class("layers.0", rope, False, piece=True)
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
@@ -252,12 +254,12 @@ class WithLateReader(Pass):
     """Puts a reader of the whole unrotated query behind the fused call."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        fusion_pass.fuse(graph, self.ops)
+        fusion.fuse(graph, self.ops)
         fused = next(node for node in graph.nodes if node.target is auto_functionalized)
         query = self.view(graph, fused, fused.kwargs["q_pe"].args[0])
         with graph.inserting_before(graph.output_node()):
             graph.call_function(aten.relu.default, (query,)).meta["val"] = query.meta["val"].clone()
-        self.in_place.append(fusion_pass.defunctionalise(graph, self.ops))
+        self.in_place.append(in_place.defunctionalise(graph, self.ops).in_place)
 
     def view(self, graph, fused, query):
         return query
@@ -276,7 +278,7 @@ class WithLateReaderOfForeignView(WithLateReader):
 
 
 @pytest.mark.parametrize("late_reader", [WithLateReader, WithLateReaderOfForeignView])
-def test_query_that_is_read_later_is_not_rotated_in_place(late_reader: type, ops: fusion_pass.FusionOps) -> None:
+def test_query_that_is_read_later_is_not_rotated_in_place(late_reader: type, ops: FusionOps) -> None:
     layer = Layer("layers.0", "native", False, piece=True)
     attention = {"layers.0": Attention()}
     positions, hidden, cos_sin_cache, slots = inputs()
@@ -350,7 +352,7 @@ NEAR_MISSES = [
 
 
 @pytest.mark.parametrize("rope", NEAR_MISSES, ids=lambda rope: rope.__name__)
-def test_near_misses_are_left_alone(rope, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_near_misses_are_left_alone(rope, ops: FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(mla_layer.ROPES, "near_miss", rope)
     layer = Layer("layers.0", "near_miss", False, piece=True)
     attention = {"layers.0": Attention()}
@@ -382,7 +384,7 @@ def _own_rope(positions, q_pe, k_pe, cos_sin_cache, is_neox):
 
 
 @pytest.mark.parametrize("rope", [_no_rope, _own_rope], ids=lambda rope: rope.__name__)
-def test_models_that_never_had_the_pattern(rope, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_that_never_had_the_pattern(rope, ops: FusionOps, monkeypatch: pytest.MonkeyPatch) -> None:
     """No RoPE (Kimi-Linear), or a fused one of the model's own: nothing to fuse, and no reason to complain."""
     monkeypatch.setitem(mla_layer.ROPES, "none", rope)
     stack = Stack(2, "none", False)
@@ -390,7 +392,7 @@ def test_models_that_never_had_the_pattern(rope, ops: fusion_pass.FusionOps, mon
     positions, hidden, cos_sin_cache, slots = inputs()
     the_pass = Pass(ops)
     run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
-    assert the_pass.results == [fusion_pass.FusionResult(without_rope=2)]
+    assert the_pass.results == [fusion.FusionResult(without_rope=2)]
     assert the_pass.before[0] == [node.target for node in the_pass.after[0]]
 
 
@@ -403,7 +405,7 @@ class UpdateOnly(torch.nn.Module):
         return torch.ops.vllm.unified_mla_kv_cache_update(kv_c_normed, k_pe.unsqueeze(1), name, "auto", scale)
 
 
-def test_a_key_of_another_graph_may_be_rotated(ops: fusion_pass.FusionOps) -> None:
+def test_a_key_of_another_graph_may_be_rotated(ops: FusionOps) -> None:
     positions, _, _, slots = inputs()
     kv_c, k_pe = (torch.randn(len(positions), size).to(torch.bfloat16) for size in (mla_layer.LORA, mla_layer.ROT))
     the_pass = Pass(ops)
@@ -413,7 +415,7 @@ def test_a_key_of_another_graph_may_be_rotated(ops: fusion_pass.FusionOps) -> No
 
 
 @pytest.mark.parametrize("norm", [None, *list(mla_layer.NORMS)[:1]])
-def test_a_layer_with_its_own_writer_runs_vllms(norm: str | None, ops: fusion_pass.FusionOps) -> None:
+def test_a_layer_with_its_own_writer_runs_vllms(norm: str | None, ops: FusionOps) -> None:
     """Decided at run time: the graph is fused, the op rotates and calls vLLM's own function for the write."""
     from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
@@ -440,7 +442,7 @@ def test_a_layer_with_its_own_writer_runs_vllms(norm: str | None, ops: fusion_pa
 
 @pytest.mark.parametrize("norm", list(mla_layer.NORMS))
 @pytest.mark.parametrize("piece", [True, False], ids=["piece", "whole"])
-def test_norm_joins(norm: str, piece: bool, ops: fusion_pass.FusionOps) -> None:
+def test_norm_joins(norm: str, piece: bool, ops: FusionOps) -> None:
     torch.manual_seed(0)
     layer = Layer("layers.0", "native", False, piece, q_lora=False, norm=norm)
     attention = {"layers.0": Attention()}
@@ -460,7 +462,7 @@ def test_norm_joins(norm: str, piece: bool, ops: fusion_pass.FusionOps) -> None:
 
 
 @pytest.mark.parametrize("norm", list(mla_layer.NORMS))
-def test_norm_stays_beside_the_query_s(norm: str, ops: fusion_pass.FusionOps) -> None:
+def test_norm_stays_beside_the_query_s(norm: str, ops: FusionOps) -> None:
     """Inductor computes both norms of a q-LoRA model in one kernel; taking one away would save none."""
     layer = Layer("layers.0", "native", False, True, norm=norm, q_norm=True)
     attention = {"layers.0": Attention()}
@@ -481,7 +483,7 @@ class LatentReadElsewhere(Layer):
         return q, kv_c_normed.relu(), k_pe, dummy
 
 
-def test_norm_with_another_reader_stays(ops: fusion_pass.FusionOps) -> None:
+def test_norm_with_another_reader_stays(ops: FusionOps) -> None:
     layer = LatentReadElsewhere("layers.0", "native", False, True, q_lora=False, norm="op")
     the_pass = Pass(ops)
     positions, hidden, cos_sin_cache, slots = inputs()
@@ -489,7 +491,7 @@ def test_norm_with_another_reader_stays(ops: fusion_pass.FusionOps) -> None:
     assert (the_pass.results[0].fused, the_pass.results[0].with_norm) == (1, 0)
 
 
-def check_body(body, ops: fusion_pass.FusionOps, rope: str = "native", the_pass: Pass | None = None) -> Pass:
+def check_body(body, ops: FusionOps, rope: str = "native", the_pass: Pass | None = None) -> Pass:
     """Compiles `body` between a layer's projections: it must compute and cache what it does without the pass."""
     torch.manual_seed(0)
     model = mla_layer.Projections(body, rope)
@@ -504,7 +506,7 @@ def check_body(body, ops: fusion_pass.FusionOps, rope: str = "native", the_pass:
     return the_pass
 
 
-def result_of_pass(body, ops: fusion_pass.FusionOps, with_slots: bool = True) -> fusion_pass.FusionResult:
+def result_of_pass(body, ops: FusionOps, with_slots: bool = True) -> fusion.FusionResult:
     """What the pass finds in `body` between a layer's projections; what it computes is not compared."""
     the_pass = Pass(ops)
     positions, hidden, cos_sin_cache, slots = inputs()
@@ -530,7 +532,7 @@ def _attention_with_unrotated_key(layer, positions, hidden, cos_sin_cache):
 @pytest.mark.parametrize(
     "body", [_key_for_the_cache_only, _attention_with_unrotated_key], ids=lambda body: body.__name__
 )
-def test_the_dummy_alone_keeps_the_cache_write(body, ops: fusion_pass.FusionOps) -> None:
+def test_the_dummy_alone_keeps_the_cache_write(body, ops: FusionOps) -> None:
     the_pass = check_body(body, ops, "custom_op")
     assert (the_pass.results[0].fused, the_pass.count(ops.fused)) == (1, 1)
 
@@ -542,7 +544,7 @@ def _expanded_query(layer, positions, hidden, cos_sin_cache):
     return q_pe * 1, kv_c, layer.update(kv_c, k_pe)
 
 
-def test_heads_that_share_memory_are_left_alone(ops: fusion_pass.FusionOps) -> None:
+def test_heads_that_share_memory_are_left_alone(ops: FusionOps) -> None:
     assert "expanded" in check_body(_expanded_query, ops).results[0].reasons[0]
 
 
@@ -573,7 +575,7 @@ def _key_beside_the_query(layer, positions, hidden, cos_sin_cache):
     [(_key_is_a_head_of_the_query, 0), (_query_without_its_head_the_key, 0), (_key_beside_the_query, 1)],
     ids=["overlap", "overlap_unread", "apart"],
 )
-def test_key_in_the_query_s_buffer(body, fused: int, ops: fusion_pass.FusionOps) -> None:
+def test_key_in_the_query_s_buffer(body, fused: int, ops: FusionOps) -> None:
     """Rotating the query in place would rotate a key that is a part of it; slices side by side are safe."""
     the_pass = check_body(body, ops)
     assert (the_pass.results[0].fused, the_pass.in_place) == (fused, [fused])
@@ -587,7 +589,7 @@ def _latent_of_the_rotated_key(layer, positions, hidden, cos_sin_cache):
     return q_pe, kv_c, layer.update(kv_c, k_pe)
 
 
-def test_a_latent_of_the_rotated_key_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+def test_a_latent_of_the_rotated_key_is_left_alone(ops: FusionOps) -> None:
     the_pass = check_body(_latent_of_the_rotated_key, ops)
     assert the_pass.results[0].reasons == ["what the rotary embedding reads is computed from its own results"]
 
@@ -605,13 +607,15 @@ class ThroughCompat(Pass):
 
 
 @pytest.mark.parametrize(
-    ("failing", "fused", "in_place"), [("_match_norm", 1, 1), ("_rewrite", 0, 0), ("_make_in_place", 2, 0)]
+    ("failing", "fused", "in_place"),
+    [((latents_norm, "match"), 1, 1), ((fusion, "rewrite"), 0, 0), ((in_place, "_replacements"), 2, 2)],
+    ids=["match", "rewrite", "in_place"],
 )
 def test_an_unforeseen_error_leaves_a_whole_graph(
-    failing: str, fused: int, in_place: int, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+    failing: tuple[ModuleType, str], fused: int, in_place: int, ops: FusionOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It strikes in the second of two layers, when the first one is rewritten already."""
-    original = getattr(fusion_pass, failing)
+    original = getattr(*failing)
     calls = iter(range(2))
 
     def fail_in_the_second(*args):
@@ -625,7 +629,7 @@ def test_an_unforeseen_error_leaves_a_whole_graph(
     positions, hidden, cos_sin_cache, slots = inputs()
     the_pass = ThroughCompat(ops)
     expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
-    monkeypatch.setattr(fusion_pass, failing, fail_in_the_second)
+    monkeypatch.setattr(*failing, fail_in_the_second)
     actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
 
     assert (the_pass.count(ops.fused), the_pass.count(ops.fused, functional=True)) == (in_place, fused - in_place)
@@ -648,7 +652,7 @@ def _query_in_float32(layer, positions, hidden, cos_sin_cache):
     return (rotate(q[..., mla_layer.NOPE :]) * 4096).to(torch.int32), kv_c, layer.update(kv_c, k_pe)
 
 
-def test_a_query_that_is_read_in_float32_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+def test_a_query_that_is_read_in_float32_is_left_alone(ops: FusionOps) -> None:
     reasons = ["the rotated query is read as torch.float32, the kernel writes torch.bfloat16"]
     assert check_body(_query_in_float32, ops).results[0].reasons == reasons
 
@@ -661,7 +665,7 @@ def _key_without_heads(layer, positions, hidden, cos_sin_cache):
 
 
 @pytest.mark.parametrize("rope", ["native", "custom_op"])
-def test_key_of_two_dimensions(rope: str, ops: fusion_pass.FusionOps) -> None:
+def test_key_of_two_dimensions(rope: str, ops: FusionOps) -> None:
     the_pass = check_body(_key_without_heads, ops, rope)
     assert (the_pass.results[0].fused, the_pass.in_place) == (1, [1])
 
@@ -672,7 +676,7 @@ def _key_of_two_heads(layer, positions, hidden, cos_sin_cache):
     return q_pe, kv_c, layer.update(kv_c, k_pe)
 
 
-def test_key_of_two_heads_is_left_alone(ops: fusion_pass.FusionOps) -> None:
+def test_key_of_two_heads_is_left_alone(ops: FusionOps) -> None:
     assert "k_pe has shape" in result_of_pass(_key_of_two_heads, ops, with_slots=False).reasons[0]
 
 
@@ -695,7 +699,7 @@ def _transposed_table(layer, positions, hidden, cos_sin_cache):
     [(_strided_positions, "positions"), (_transposed_table, "cos_sin_cache")],
     ids=["positions", "table"],
 )
-def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: fusion_pass.FusionOps) -> None:
+def test_layouts_that_the_kernel_refuses_are_left_alone(body, name: str, ops: FusionOps) -> None:
     assert check_body(body, ops).results[0].reasons[0].startswith(f"{name} has dtype")
 
 
@@ -705,23 +709,23 @@ def _key_with_another_reader(layer, positions, hidden, cos_sin_cache):
     return q_pe, k_pe.float().sum(-1), layer.update(kv_c, k_pe)
 
 
-def test_a_reader_of_the_rotated_key_is_no_query(ops: fusion_pass.FusionOps) -> None:
+def test_a_reader_of_the_rotated_key_is_no_query(ops: FusionOps) -> None:
     the_pass = check_body(_key_with_another_reader, ops)
     assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (1, [])
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_a_fixed_large_number_of_tokens_is_named_as_the_reason(
-    dynamic: bool, ops: fusion_pass.FusionOps, monkeypatch: pytest.MonkeyPatch
+    dynamic: bool, ops: FusionOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_tokens, query_size = 7, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)
-    monkeypatch.setattr(fusion_pass, "_PROBE_MAX_ELEMENTS", (num_tokens - 1) * query_size)
+    monkeypatch.setattr(probe, "_MAX_ELEMENTS", (num_tokens - 1) * query_size)
     the_pass = Pass(ops)
     model = compiled(Layer("layers.0", "native", False, piece=True), the_pass)
     positions, hidden, cos_sin_cache, slots = inputs(num_tokens)
     if dynamic:
         run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
-        assert the_pass.results == [fusion_pass.FusionResult(fused=1)]
+        assert the_pass.results == [fusion.FusionResult(fused=1)]
     else:
         with torch.no_grad(), forward_context({"layers.0": Attention()}, slots):
             model(positions, hidden, cos_sin_cache)
@@ -737,12 +741,12 @@ def _latent_through_fp8(layer, positions, hidden, cos_sin_cache):
     return q_pe, kv_c, layer.update(kv_c, k_pe)
 
 
-def test_a_norm_before_a_rounding_stays(ops: fusion_pass.FusionOps) -> None:
+def test_a_norm_before_a_rounding_stays(ops: FusionOps) -> None:
     result = result_of_pass(_latent_through_fp8, ops)
     assert (result.fused, result.with_norm) == (1, 0)
 
 
-def test_opcheck_of_the_layer_op(ops: fusion_pass.FusionOps) -> None:
+def test_opcheck_of_the_layer_op(ops: FusionOps) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 
     positions, _, cos_sin_cache, slots = inputs()

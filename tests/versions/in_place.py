@@ -17,7 +17,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from vllm_mla_fusion.fx import fusion_pass
+from vllm_mla_fusion.fx import fusion, in_place, rewrite
+from vllm_mla_fusion.fx.ops import FusionOps, result_of
 from vllm_mla_fusion.host import layers
 
 from . import codegen, graphs
@@ -33,15 +34,16 @@ def pass_that_rotates_in_place() -> Iterator[None]:
     """The plugin's pass finds what it always finds, and puts in the op that mutates `k_pe` and returns nothing."""
     op = getattr(torch.ops.mla_fusion_tests, NAME, None) or _define()
 
-    def rewrite(graph: fx.Graph, update: fx.Node, site: Any, norm: None, ops: fusion_pass.FusionOps) -> None:
-        _rewrite(graph, update, site, op.default)
+    def rewrite_with_two(update: fx.Node, site: Any, norm: None, ops: FusionOps) -> None:
+        _rewrite(update.graph, update, site, op.default)
 
-    def defunctionalise(graph: fx.Graph, ops: fusion_pass.FusionOps) -> None:
+    def defunctionalise(graph: fx.Graph, ops: FusionOps) -> in_place.InPlaceResult:
         for node in graph.find_nodes(op="call_function", target=auto_functionalized):
             if node.args[0] is op.default:
                 _call_in_place(graph, node)
+        return in_place.InPlaceResult()
 
-    with patch.multiple(fusion_pass, _rewrite=rewrite, defunctionalise=defunctionalise):
+    with patch.object(fusion, "rewrite", rewrite_with_two), patch.object(in_place, "defunctionalise", defunctionalise):
         yield
 
 
@@ -84,7 +86,7 @@ def _rewrite(graph: fx.Graph, update: fx.Node, site: Any, op: Any) -> None:
         result.meta["val"] = value.new_empty_strided(value.shape, value.stride())
     fused.meta["val"] = (None, q_pe.meta["val"], k_pe.meta["val"])
     k_rotated.replace_all_uses_with(k_pe)
-    update.replace_all_uses_with(fusion_pass._empty_part_of(graph, k_pe, update))
+    update.replace_all_uses_with(rewrite._empty_part_of(k_pe, update))
     if site.q_rotated is not None:
         site.q_rotated.replace_all_uses_with(q_pe)
     graph.erase_node(update)
@@ -94,10 +96,10 @@ def _call_in_place(graph: fx.Graph, fused: fx.Node) -> None:
     with graph.inserting_before(fused):
         graph.call_function(fused.args[0], (), dict(fused.kwargs))
     for index, name in ((1, "q_pe"), (2, "k_pe")):
-        result, source = fusion_pass._result_of(fused, index), fused.kwargs[name]
+        result, source = result_of(fused, index), fused.kwargs[name]
         if result is None:
             continue
-        for node, replacement in (*fusion_pass._scatters_of(result, source), (result, source)):
+        for node, replacement in (*in_place._scatters_of(result, source), (result, source)):
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     graph.erase_node(fused)

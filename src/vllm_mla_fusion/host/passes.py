@@ -14,7 +14,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, identity, kernel
 from vllm_mla_fusion.activation import logger
-from vllm_mla_fusion.fx import fusion_pass
+from vllm_mla_fusion.fx import fusion, in_place
+from vllm_mla_fusion.fx.ops import FusionOps, RotaryOp
 from vllm_mla_fusion.host import layer_ops, report
 from vllm_mla_fusion.host.config import config_problem, update_problem
 from vllm_mla_fusion.host.support import INDUCTOR_PASS, MLA_ATTENTION, PATCHED
@@ -22,7 +23,7 @@ from vllm_mla_fusion.host.support import INDUCTOR_PASS, MLA_ATTENTION, PATCHED
 POST_GRAD_HOOK = "post_grad_custom_post_pass"
 
 
-def fusion_ops() -> fusion_pass.FusionOps:
+def fusion_ops() -> FusionOps:
     """The ops of the vLLM at hand. Importing its MLA layer registers them."""
     importlib.import_module(MLA_ATTENTION)
     rotary = []
@@ -33,10 +34,10 @@ def fusion_ops() -> fusion_pass.FusionOps:
     ):
         target = _op(namespace, name)
         if target is not None:
-            rotary.append(fusion_pass.RotaryOp(target))
+            rotary.append(RotaryOp(target))
     ops = layer_ops.register()
     norm = activation.norm()
-    return fusion_pass.FusionOps(
+    return FusionOps(
         update=torch.ops.vllm.unified_mla_kv_cache_update.default,
         fused=ops.plain,
         rotary=tuple(rotary),
@@ -54,15 +55,13 @@ def _op(namespace: str, name: str) -> Any | None:
 
 def fuse(graph: fx.Graph) -> None:
     """Runs the fusion and remembers for the report why sites were left alone. Never raises: a server must not stop."""
-    from vllm_mla_fusion.host import report
-
     try:
         ops = fusion_ops()
         if not graph.find_nodes(op="call_function", target=ops.update):
             return
         # The report tells of a kernel that is not available, whatever the graphs look like.
         if kernel.failure() is None:
-            result = fusion_pass.fuse(graph, ops)
+            result = fusion.fuse(graph, ops)
             report.left_alone(result.reasons, result.without_rope)
     except Exception as error:
         logger.warning("The MLA fusion pass failed; this graph runs as stock vLLM.", exc_info=True)
@@ -70,11 +69,14 @@ def fuse(graph: fx.Graph) -> None:
 
 
 def defunctionalise(graph: fx.Graph) -> None:
-    """Runs the last step of the fusion. A graph that it cannot improve stays functional, which is right and slower."""
-    try:
-        fusion_pass.defunctionalise(graph, fusion_ops())
-    except Exception:
-        logger.warning("The MLA fusion pass failed in its last step; this graph copies q_pe.", exc_info=True)
+    """Runs the last step of the fusion, which must not be left out: functional calls compute something else there.
+
+    Raises:
+        Exception: the step failed twice. Compiling must end here: tokens would be wrong.
+    """
+    result = in_place.defunctionalise(graph, fusion_ops())
+    if result.error is not None:
+        logger.warning("The MLA fusion's last step failed; this graph copies q_pe.", exc_info=result.error)
 
 
 class InductorHook(CustomGraphPass):

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of a graph, by what the fusion may do with them."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+aten = torch.ops.aten
+
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default}
+VIEWS = SPLITS | {
+    aten.alias.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.transpose.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+    operator.getitem,
+}
+PRECISION_CHANGES = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
+ARITHMETIC = PRECISION_CHANGES | {
+    aten._unsafe_view.default,
+    aten.add.Scalar,
+    aten.add.Tensor,
+    aten.cat.default,
+    aten.clone.default,
+    aten.copy.default,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.mean.dim,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.pow.Tensor_Scalar,
+    aten.rsqrt.default,
+    aten.slice_scatter.default,
+    aten.stack.default,
+    aten.sub.Tensor,
+}
+# What a probe evaluates; everything else is one of its random inputs.
+EVALUABLE = VIEWS | ARITHMETIC
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class RotaryOp:
+    """A custom op that rotates `query` and `key` in place, by the names of its arguments."""
+
+    target: Any
+    is_neox: str = "is_neox"
+
+
+@dataclass(frozen=True)
+class FusionOps:
+    """The ops that the pass looks for and those that it puts in.
+
+    `rms_norm` is called as (x, weight, epsilon, ...); `rms_norm_out` has arguments `input`, `weight`, `epsilon` and
+    writes its first. `fused_norm` is None where the latent's norm is to stay where it is.
+    """
+
+    update: Any
+    fused: Any
+    rotary: tuple[RotaryOp, ...] = ()
+    fused_norm: Any = None
+    rms_norm: Any = None
+    rms_norm_out: Any = None
+    norm_beside_others: bool = False
+
+
+def is_functional(node: fx.Node, *targets: Any) -> bool:
+    """Whether the node is the functional form of one of these mutating ops."""
+    return node.target is auto_functionalized and node.args[0] in targets
+
+
+def rotary_op(node: fx.Node, ops: FusionOps) -> RotaryOp | None:
+    """Which of the known rotary ops the node calls; None for every other node."""
+    return next((op for op in ops.rotary if is_functional(node, op.target)), None)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A custom op's arguments in the order of its schema, however they were passed."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {name: given[name] for name in names if name in given}
+
+
+def result_of(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that picks result number `index`."""
+    return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)

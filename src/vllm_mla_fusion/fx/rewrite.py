@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the functional form of the fused op into the place of a cache update and its rotary embedding."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from vllm_mla_fusion.fx.memory import is_in_storage_of, writes_to
+from vllm_mla_fusion.fx.norm import Norm
+from vllm_mla_fusion.fx.ops import FusionOps, arguments, aten
+from vllm_mla_fusion.fx.reading import fake, shape
+from vllm_mla_fusion.fx.rope import Site
+
+
+def rewrite(update: fx.Node, site: Site, norm: Norm | None, ops: FusionOps) -> None:
+    """Replaces one update. The graph stays functional; what nobody reads any more stays in it."""
+    graph = update.graph
+    normed, k_rotated, layer_name, kv_cache_dtype, k_scale = arguments(update).values()
+    latent: dict[str, Any] = {"kv_c": normed}
+    if norm is not None:
+        latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
+    outputs = _outputs(site, k_rotated, normed if norm is not None else None)
+    with graph.inserting_before(update):
+        fused = graph.call_function(
+            auto_functionalized,
+            (ops.fused if norm is None else ops.fused_norm,),
+            {
+                "positions": site.positions,
+                "q_pe": site.q_pe,
+                "k_pe": site.k_pe,
+                **latent,
+                "cos_sin_cache": site.cos_sin_cache,
+                "is_neox": site.is_neox,
+                "kv_cache_dtype": kv_cache_dtype,
+                "kv_cache_scale": k_scale,
+                "layer_name": layer_name,
+            },
+        )
+        results = [graph.call_function(operator.getitem, (fused, index)) for index in range(len(outputs))]
+    fused.meta["val"] = tuple(outputs)
+    for result, value in zip(results, outputs, strict=True):
+        result.meta["val"] = value
+    _replace_key(update, k_rotated, results[0])
+    if site.q_rotated is not None:
+        site.q_rotated.replace_all_uses_with(results[-1])
+    graph.erase_node(update)
+    if norm is not None:
+        normed.replace_all_uses_with(results[1])
+
+
+def _outputs(site: Site, k_rotated: fx.Node, normed: fx.Node | None) -> list[torch.Tensor]:
+    """Values of what the functional form returns: `k_pe_out`, the latent if it is normed there, and the query."""
+    num_tokens, rot_dim = fake(k_rotated).shape[0], fake(k_rotated).shape[-1]
+    outputs = [fake(site.k_pe).new_empty((num_tokens, 1, rot_dim))]
+    if normed is not None:
+        outputs.append(fake(normed).new_empty(fake(normed).shape))
+    return [*outputs, fake(site.q_pe).new_empty(fake(site.q_pe).shape)]
+
+
+def _replace_key(update: fx.Node, k_rotated: fx.Node, k_pe_out: fx.Node) -> None:
+    key = k_pe_out if len(shape(k_rotated)) == 3 else _without_heads(k_pe_out, update)
+    _allow_input_strides(k_rotated, fake(key))
+    k_rotated.replace_all_uses_with(key)
+    _allow_output_strides(update.graph, key)
+    update.replace_all_uses_with(_empty_part_of(k_pe_out, update))
+
+
+def _without_heads(k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
+    """The kernel's [num_tokens, 1, rot_dim] as [num_tokens, rot_dim]."""
+    with update.graph.inserting_before(update):
+        key = update.graph.call_function(aten.squeeze.dim, (k_pe_out, 1))
+    key.meta["val"] = fake(k_pe_out).squeeze(1)
+    return key
+
+
+def _empty_part_of(k_pe_out: fx.Node, update: fx.Node) -> fx.Node:
+    """What the attention op takes in the place of the update's empty result, only to run after it: a view, which costs
+    nothing and keeps the fused call alive where nobody else reads its results."""
+    with update.graph.inserting_before(update):
+        empty = update.graph.call_function(aten.as_strided.default, (k_pe_out, [0], [1], 0))
+    empty.meta["val"] = fake(update)
+    return empty
+
+
+def _allow_input_strides(k_rotated: fx.Node, k_value: torch.Tensor) -> None:
+    """Where another op reads the key, Inductor would copy it to the strides that this op saw when it was traced."""
+    for user in k_rotated.users:
+        if not user.meta.get("eager_input_vals"):
+            continue
+        args, kwargs = user.meta["eager_input_vals"]
+        args = tuple(k_value if user.args[i : i + 1] == (k_rotated,) else value for i, value in enumerate(args))
+        kwargs = {name: k_value if user.kwargs.get(name) is k_rotated else value for name, value in kwargs.items()}
+        user.meta["eager_input_vals"] = (args, kwargs)
+
+
+def _allow_output_strides(graph: fx.Graph, k_pe_out: fx.Node) -> None:
+    """Where the key leaves the graph, Inductor would copy it back to the strides that the view of qkv_a had."""
+    output = graph.output_node()
+    strides = output.meta.get("original_output_strides")
+    outputs = output.args[0]
+    if strides is None or not isinstance(outputs, (list, tuple)) or len(strides) != len(outputs):
+        return
+    strides = list(strides)
+    for index, node in enumerate(outputs):
+        if node is k_pe_out:
+            strides[index] = fake(k_pe_out).stride()
+    output.meta["original_output_strides"] = strides
+
+
+def drop_self_scatters(graph: fx.Graph) -> None:
+    """x with its own slice written into it is x (left behind by an in-place op on a slice that is then assigned)."""
+    for scatter in graph.find_nodes(op="call_function", target=aten.slice_scatter.default):
+        base, source = scatter.args[:2]
+        if is_in_storage_of(source, base) and writes_to(scatter, source):
+            assert isinstance(base, fx.Node)
+            scatter.replace_all_uses_with(base)
+            graph.erase_node(scatter)
