@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "general.cuh"
 #include "mla_rope_cache.cuh"
 
 namespace mla_fusion {

@@ -37,6 +37,7 @@ class Case:
     is_neox: bool = False
     num_slots: int | None = None
     padding: int = 0
+    slot_tail: int = 0  # entries of slot_mapping behind those of the tokens: -1, or out of any range, which nobody reads
     row_pad: int = 0  # unused cache elements behind each row
     block_pad: int = 0  # unused cache elements behind each block
     q_shift: int = 0  # elements by which q_pe is moved off its alignment
@@ -124,6 +125,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:num_slots]
     if case.padding:
         slots[:: case.padding] = -1
+    slots = torch.cat([slots, torch.tensor([-1, 1 << 40]).repeat(case.slot_tail)[: case.slot_tail]])
     is_ds_mla = case.kv_cache_dtype == DS_MLA
     cache_dtype = torch.uint8 if is_ds_mla or case.kv_cache_dtype in FP8 else case.dtype
     cache_width = DS_MLA_ROW_BYTES if is_ds_mla else width
@@ -205,7 +207,8 @@ def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor, latent: torch.Tensor 
         rows = ds_mla_rows(latent, k_pe_out.squeeze(1))
     else:
         rows = quantise(torch.cat([latent, k_pe_out.squeeze(1)], -1), inputs)
-    for slot, row in zip(inputs.slot_mapping.tolist(), rows[: len(inputs.slot_mapping)], strict=True):
+    slots = inputs.slot_mapping[: len(rows)].tolist()
+    for slot, row in zip(slots, rows[: len(slots)], strict=True):
         if slot >= 0:
             cache[slot // cache.shape[1], slot % cache.shape[1]] = row
     return storage

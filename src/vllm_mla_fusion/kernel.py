@@ -13,9 +13,9 @@ KV cache. Arguments, in order:
 - `cos_sin_cache` `[max_position, rot_dim]`, float32 or activation dtype: cosines in the first half of a row, sines in
   the second (vLLM's layout).
 - `is_neox`: pairs are `(i, i + rot_dim / 2)` if true (GPT-NeoX), else `(2i, 2i + 1)` (GPT-J).
-- `slot_mapping` `[num_slots]`, int64, `num_slots <= num_tokens`: the cache row of each token,
-  `block * block_size + row in the block`. A negative entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are
-  rotated for all tokens all the same.
+- `slot_mapping` `[num_slots]`, int64: the cache row of each token, `block * block_size + row in the block`. A negative
+  entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are rotated for all tokens all the same. Entries behind
+  the first `num_tokens` are not read.
 - `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]` (fp8_ds_mla: `[num_blocks, block_size, 656]`), any block
   and row stride. **Rows of the slots are written**, no other byte. An empty cache is not written.
 - `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache
