@@ -17,17 +17,14 @@ __device__ __forceinline__ int64_t cache_offset(const Params& p, int64_t slot) {
   return block * p.cache_block_stride + row * p.cache_row_stride;
 }
 
-// What a row of the cache holds, where it is known at compile time.
-enum class Row { kCopy, kFp8, kFp8DsMla };
+// What a row of the cache holds, where it is known at compile time; kNone: neither key nor latent takes part.
+enum class Row { kCopy, kFp8, kFp8DsMla, kNone };
 
 // The tile's scale and the latent in it; neighbouring lanes hold the tile's other vectors.
 template <typename Act>
 __device__ __forceinline__ void store_ds_mla_latent(uint8_t* row, int index, const ActVector<Act>& value) {
   constexpr int kLanesPerTile = kDsMlaTile / kActsPerVector<Act>;
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kActsPerVector<Act>; ++i) largest = fmaxf(largest, fabsf(to_float(value.at[i])));
-  const float scale = ds_mla_scale(max_over_lanes<kLanesPerTile>(largest));
+  const float scale = ds_mla_scale(max_over_lanes<kLanesPerTile>(largest_of(value)));
   store_as(row + index, quantise(value, Scale(scale), CacheKind::kFp8E4M3));
   if (index % kDsMlaTile == 0) store_as(row + kDsMlaScales + index / kDsMlaTile * 4, scale);
 }

@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "cache_arguments.h"
 #include "checks.h"
 #include "mla_rope_cache.h"
+#include "query_norm_arguments.h"
 
 namespace mla_fusion {
 namespace {
@@ -65,15 +67,19 @@ void set_angles(Params& p, const Angles& angles, const Lead& lead) {
   p.is_neox = angles.is_neox;
 }
 
+int64_t rot_dim_of(const char* name, const Tensor& tensor) {
+  const int64_t rot_dim = tensor.size(tensor.dim() - 1);
+  if (rot_dim == 0 || rot_dim % 2 != 0) fail(name, " must have an even, positive rot_dim, got ", rot_dim, "; pass the part that is rotated");
+  return rot_dim;
+}
+
 // Begins a call whose lead is the query.
 Params start_with_query(const Tensor& q_pe) {
   const Lead lead{"q_pe", q_pe};
   act_type_of(lead);
   check_shape("q_pe", q_pe, "[num_tokens, num_heads, rot_dim]", {kAny, kAny, kAny});
-  const int64_t rot_dim = q_pe.size(2);
-  if (rot_dim == 0 || rot_dim % 2 != 0) fail("q_pe must have an even, positive rot_dim, got ", rot_dim, "; pass the part of the query that is rotated");
   check_last_dim_contiguous("q_pe", q_pe);
-  Params p = start(lead, q_pe.size(0), rot_dim);
+  Params p = start(lead, q_pe.size(0), rot_dim_of("q_pe", q_pe));
   p.q_pe = q_pe.data_ptr();
   p.q_token_stride = q_pe.stride(0);
   p.q_head_stride = q_pe.stride(1);
@@ -186,6 +192,36 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
   set_angles(p, angles, lead);
   set_cache(p, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
   run(p, lead, angles, rows_of(p, kv_cache));
+}
+
+void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
+                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double kv_epsilon,
+                                     const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                     std::string kv_cache_dtype, const Tensor kv_cache_scale, std::string q_quant,
+                                     bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,
+                                     Tensor q_c_out, std::optional<Tensor> q_scales_out, Tensor k_pe_out,
+                                     Tensor kv_c_normed_out) {
+  const Lead lead{"q_c", q_c};
+  const Angles angles{positions, cos_sin_cache, is_neox};
+  act_type_of(lead);
+  check_shape("q_c", q_c, "[num_tokens, q_lora_rank]", {kAny, kAny});
+  check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, rot_dim]", {q_c.size(0), 1, kAny});
+  Params p = start(lead, q_c.size(0), rot_dim_of("k_pe_out", k_pe_out));
+  set_query_norm(p, {q_c_weight, q_epsilon, q_quant, q_rounds_twice, q_smallest, q_static_scale, q_c_out, q_scales_out}, lead);
+  set_latent(p, kv_c, lead);
+  set_latent_norm(p, kv_c_weight, kv_epsilon, kv_c_normed_out, lead);
+  set_key(p, k_pe, k_pe_out, lead);
+  set_angles(p, angles, lead);
+  set_cache(p, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
+  run(p, lead, angles, rows_of(p, kv_cache));
+}
+
+void rope_query(const Tensor positions, Tensor q_pe, const Tensor cos_sin_cache, bool is_neox) {
+  const Lead lead{"q_pe", q_pe};
+  const Angles angles{positions, cos_sin_cache, is_neox};
+  Params p = start_with_query(q_pe);
+  set_angles(p, angles, lead);
+  run(p, lead, angles, 0);
 }
 
 }  // namespace mla_fusion

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector kernel: RoPE on q_pe (in place) and k_pe (to k_pe_out), and the cache row [kv_c | rotated k_pe].
+// The vector kernel: which group of lanes does what of a token. Each op is an instance with other roles: RoPE of the
+// query, key and latent with their cache row (the whole op), the norm of the query with key and latent (before q_b), or
+// RoPE of the query alone (after q_b).
 #pragma once
 
+#include "query_norm.cuh"
 #include "roles.cuh"
 
 namespace mla_fusion {
@@ -18,21 +21,31 @@ __device__ __forceinline__ void run_role(const Role& role) {
 }
 
 // Groups of lanes that a token has for its latent and its key.
-constexpr int kFirstQueryTask = 2;
+template <Row kRow>
+constexpr int kRowTasks = kRow == Row::kNone ? 0 : 2;
 
-// A block is (32 lanes, tokens, tasks of a token).
-template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
+// A block is (32 lanes, tokens, tasks of a token). The tasks behind latent and key are the query's: kHeads heads per lane
+// to rotate, or, where that is 0, kShare vectors per lane to normalise.
+template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm, int kShare>
 __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
+  static_assert((kHeads == 0) != (kShare == 0));
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= p.num_tokens) return;
   const int task = blockIdx.y * blockDim.z + threadIdx.z;
   const int lane = threadIdx.x;
-  if (task >= kFirstQueryTask) {
-    run_role<0>(QueryHeads<Act, kNeox, kHeads>{p, token, lane, task - kFirstQueryTask});
-  } else if (task == 0) {
-    run_role<1>(Latent<Act, kRow, kNorm>{p, token, lane});
-  } else {
-    run_role<2>(Key<Act, kNeox, kRow>{p, token, lane});
+  if (task >= kRowTasks<kRow>) {
+    const int query_task = task - kRowTasks<kRow>;
+    if constexpr (kShare > 0) {
+      run_role<0>(QueryNorm<Act, kShare>{p.query_norm, token, lane, query_task});
+    } else {
+      run_role<0>(QueryHeads<Act, kNeox, kHeads>{p, token, lane, query_task});
+    }
+  } else if constexpr (kRow != Row::kNone) {
+    if (task == 0) {
+      run_role<1>(Latent<Act, kRow, kNorm>{p, token, lane});
+    } else {
+      run_role<2>(Key<Act, kNeox, kRow>{p, token, lane});
+    }
   }
 }
 

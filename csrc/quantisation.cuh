@@ -30,7 +30,7 @@ struct Scale {
     inverse_power = float_from_bits(exponent < 254 ? (254 - exponent) << 23 : exponent == 254 ? 0x00400000u : 0u);
   }
 
-  __device__ __forceinline__ float divide(float x) const {
+  __device__ __forceinline__ float operator()(float x) const {
     const float scaled = x * inverse_power;
     const float estimate = scaled * reciprocal;
     const float corrected = fmaf(fmaf(-estimate, mantissa, scaled), reciprocal, estimate);
@@ -57,16 +57,32 @@ __device__ __forceinline__ uint16_t to_fp8_pair(CacheKind kind, float low, float
   return kind == CacheKind::kFp8E5M2 ? e5m2 : e4m3;
 }
 
-template <typename Act, int kCount>
-__device__ __forceinline__ Vector<uint32_t, kCount / 4> quantise(const Vector<Act, kCount>& in, const Scale& scale, CacheKind kind) {
+// Multiplication by the reciprocal, where stock vLLM does that.
+struct Reciprocal {
+  float factor;
+
+  __device__ __forceinline__ float operator()(float x) const { return x * factor; }
+};
+
+template <typename Act, int kCount, typename Quotient>
+__device__ __forceinline__ Vector<uint32_t, kCount / 4> quantise(const Vector<Act, kCount>& in, const Quotient& quotient, CacheKind kind) {
   Vector<uint32_t, kCount / 4> out;
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
-    const uint32_t low = to_fp8_pair(kind, scale.divide(to_float(in.at[i])), scale.divide(to_float(in.at[i + 1])));
-    const uint32_t high = to_fp8_pair(kind, scale.divide(to_float(in.at[i + 2])), scale.divide(to_float(in.at[i + 3])));
+    const uint32_t low = to_fp8_pair(kind, quotient(to_float(in.at[i])), quotient(to_float(in.at[i + 1])));
+    const uint32_t high = to_fp8_pair(kind, quotient(to_float(in.at[i + 2])), quotient(to_float(in.at[i + 3])));
     out.at[i / 4] = low | high << 16;
   }
   return out;
+}
+
+// Of a vector's magnitudes.
+template <typename Act, int kCount>
+__device__ __forceinline__ float largest_of(const Vector<Act, kCount>& in) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(to_float(in.at[i])));
+  return largest;
 }
 
 }  // namespace mla_fusion

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one group of lanes does for a token: its latent, its key, or some heads of its query.
+// What one group of lanes does for a token: its latent, its key, or some heads of its query. The norm of the query is in
+// query_norm.cuh.
 #pragma once
 
 #include "cache_row.cuh"
@@ -14,7 +15,7 @@ constexpr int kLatentVectors = 2;
 // The latent of one token: normalised if kNorm, and into the cache.
 template <typename Act, Row kRow, bool kNorm>
 struct Latent {
-  static constexpr int kWidth = kActsPerVector<Act>;
+  using Vectors = LaneVectors<Act, kLatentVectors>;
 
   const Params& p;
   const int64_t token;
@@ -22,18 +23,14 @@ struct Latent {
 
   __device__ __forceinline__ const Act* source() const { return static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride; }
   __device__ __forceinline__ const Act* weight() const { return static_cast<const Act*>(p.kv_c_weight); }
-  __device__ __forceinline__ int vectors() const { return p.lora_rank / kWidth; }
-
-  // The element with which this lane's vector i begins; lanes behind the last vector read the last one once more.
-  __device__ __forceinline__ int index_to_read(int i) const { return (is_mine(i) ? lane + i * kLanes : vectors() - 1) * kWidth; }
-  __device__ __forceinline__ bool is_mine(int i) const { return lane + i * kLanes < vectors(); }
+  __device__ __forceinline__ Vectors mine() const { return {p.lora_rank / Vectors::kWidth, lane}; }
 
   __device__ __forceinline__ void prefetch_inputs() const {
 #pragma unroll
     for (int i = 0; i < kLatentVectors; ++i) {
-      prefetch(source() + index_to_read(i));
+      prefetch(source() + mine().index(i));
       // The same for all tokens: once is enough, and more would queue for one line.
-      if (kNorm && token == 0) prefetch(weight() + index_to_read(i));
+      if (kNorm && token == 0) prefetch(weight() + mine().index(i));
     }
     if (lane == 0 && token < p.num_slots) prefetch(p.slot_mapping + token);
     if (kRow == Row::kFp8 && token == 0 && lane == 0) prefetch(p.kv_cache_scale);
@@ -41,49 +38,27 @@ struct Latent {
 
   __device__ __forceinline__ void run() const {
     const CacheRow<kRow> row(p, token);
-    // Words, not elements: a compiler that sees elements may store them one by one.
     uint4 words[kLatentVectors];
     uint4 weights[kLatentVectors];
-#pragma unroll
-    for (int i = 0; i < kLatentVectors; ++i) {
-      words[i] = load_as<uint4>(source() + index_to_read(i));
-      if constexpr (kNorm) weights[i] = load_as<uint4>(weight() + index_to_read(i));
-    }
+    mine().load(source(), words);
     float inverse_rms = 0.0f;
-    if constexpr (kNorm) inverse_rms = rsqrtf(sum_of_squares(words) * p.inverse_lora_rank + p.epsilon);
+    if constexpr (kNorm) {
+      mine().load(weight(), weights);
+      inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.lora_rank, p.inverse_lora_rank, p.epsilon);
+    }
     const int64_t offset = row.offset(p);
     const Scale scale(row.scale);
 #pragma unroll
     for (int i = 0; i < kLatentVectors; ++i) {
-      if (!is_mine(i)) continue;
-      const int index = index_to_read(i);
-      auto value = elements(words[i]);
+      if (!mine().is_mine(i)) continue;
+      const int index = mine().index(i);
+      auto value = elements<Act>(words[i]);
       if constexpr (kNorm) {
-        value = normalise<Act>(value, elements(weights[i]), inverse_rms);
+        value = normalise<Act>(value, elements<Act>(weights[i]), inverse_rms);
         store_as(static_cast<Act*>(p.kv_c_out) + token * p.lora_rank + index, value);
       }
       if (offset >= 0) store_latent<kRow>(p, offset, index, value, scale);
     }
-  }
-
- private:
-  static __device__ __forceinline__ ActVector<Act> elements(const uint4& words) {
-    ActVector<Act> out;
-    memcpy(&out, &words, sizeof(out));
-    return out;
-  }
-
-  // Of the whole latent, the same for all lanes of the group.
-  __device__ __forceinline__ float sum_of_squares(const uint4 (&words)[kLatentVectors]) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kLatentVectors; ++i) {
-      if (!is_mine(i)) continue;
-      const auto part = elements(words[i]);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) sum += to_float(part.at[j]) * to_float(part.at[j]);
-    }
-    return sum_over_lanes(sum);
   }
 };
 

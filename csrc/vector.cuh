@@ -37,6 +37,13 @@ constexpr int kActsPerVector = kVectorBytes / sizeof(Act);
 template <typename Act>
 using ActVector = Vector<Act, kActsPerVector<Act>>;
 
+template <typename Act>
+__device__ __forceinline__ ActVector<Act> elements(const uint4& words) {
+  ActVector<Act> out;
+  memcpy(&out, &words, sizeof(out));
+  return out;
+}
+
 // One access of 4, 8 or 16 bytes whatever the element type.
 template <typename T>
 __device__ __forceinline__ T load_as(const void* address) {

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+// The role before q_b: RMSNorm of the query's latent, given on in the activation type or in e4m3 with scales, by the rules
+// of vLLM's ops rms_norm_per_block_quant, rms_norm_dynamic_per_token_quant and rms_norm_static_fp8_quant.
+#pragma once
+
+#include "norm.cuh"
+#include "quantisation.cuh"
+
+namespace mla_fusion {
+
+// Vectors of the row that a lane reads: 2048 elements of 16 bits at most; DeepSeek-V3's 1536 are six.
+constexpr int kQueryVectors = 8;
+
+// Some of one token's row: kShare of the vectors that each lane has. Every group adds the squares of the whole row, in one
+// order: what is shared costs loads from nearby caches, no synchronisation, and gives the same bits at every kShare. A
+// scale of the whole row takes a group that has all of it.
+template <typename Act, int kShare>
+struct QueryNorm {
+  using Vectors = LaneVectors<Act, kQueryVectors>;
+  static constexpr int kWidth = Vectors::kWidth;
+  static constexpr int kLanesPerGroup = kQueryGroup / kWidth;
+  static constexpr bool kHasRow = kShare == kQueryVectors;
+
+  const QueryNormParams& p;
+  const int64_t token;
+  const int lane;
+  const int task;
+
+  __device__ __forceinline__ const Act* source() const { return static_cast<const Act*>(p.in) + token * p.token_stride; }
+  __device__ __forceinline__ const Act* weight() const { return static_cast<const Act*>(p.weight); }
+  __device__ __forceinline__ Vectors mine() const { return {p.rank / kWidth, lane}; }
+  __device__ __forceinline__ int vector(int i) const { return kHasRow ? i : task * kShare + i; }
+
+  __device__ __forceinline__ void prefetch_inputs() const {
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      prefetch(source() + mine().index(vector(i)));
+      if (token == 0) prefetch(weight() + mine().index(vector(i)));
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    uint4 words[kQueryVectors];
+    mine().load(source(), words);
+    const float inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.rank, p.inverse_rank, p.epsilon);
+    // An index known at compile time keeps the words in registers; another task's are read again.
+    ActVector<Act> values[kShare];
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      const uint4 own = kHasRow ? words[i] : load_as<uint4>(source() + mine().index(vector(i)));
+      const uint4 weights = load_as<uint4>(weight() + mine().index(vector(i)));
+      values[i] = normalise<Act>(elements<Act>(own), elements<Act>(weights), inverse_rms, p.rounds_twice);
+    }
+    const float row_scale = scale_of_row(values);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      if (mine().has(vector(i))) store(vector(i), values[i], row_scale);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ float scale_for(float largest) const {
+    return query_scale(largest, p.smallest, p.scales_are_powers_of_two);
+  }
+
+  // Where the row has one scale.
+  __device__ __forceinline__ float scale_of_row(const ActVector<Act> (&values)[kShare]) const {
+    if (p.quant == QueryQuant::kStatic) return *p.static_scale;
+    if constexpr (kHasRow) {
+      if (p.quant == QueryQuant::kToken) {
+        float largest = 0.0f;
+        // Vectors behind the row's end are its last one once more.
+#pragma unroll
+        for (int i = 0; i < kShare; ++i) largest = fmaxf(largest, largest_of(values[i]));
+        const float scale = scale_for(max_over_lanes<kLanes>(largest));
+        if (lane == 0) p.scales[token * p.scale_token_stride] = scale;
+        return scale;
+      }
+    }
+    return 1.0f;
+  }
+
+  // All lanes of the group take part, those behind the row's end too.
+  __device__ __forceinline__ void store(int vector, const ActVector<Act>& value, float row_scale) const {
+    const bool is_mine = mine().is_mine(vector);
+    const int index = mine().index(vector);
+    if (p.quant == QueryQuant::kNone) {
+      if (is_mine) store_as(static_cast<Act*>(p.out) + token * p.rank + index, value);
+      return;
+    }
+    uint8_t* out = static_cast<uint8_t*>(p.out) + token * p.rank + index;
+    if (p.quant == QueryQuant::kStatic) {
+      if (is_mine) store_as(out, quantise(value, Reciprocal{1.0f / row_scale}, CacheKind::kFp8E4M3));
+      return;
+    }
+    float scale = row_scale;
+    if (p.quant == QueryQuant::kGroup) {
+      scale = scale_for(max_over_lanes<kLanesPerGroup>(largest_of(value)));
+      if (is_mine && index % kQueryGroup == 0) {
+        p.scales[token * p.scale_token_stride + index / kQueryGroup * p.scale_group_stride] = scale;
+      }
+    }
+    if (is_mine) store_as(out, quantise(value, Scale(scale), CacheKind::kFp8E4M3));
+  }
+};
+
+}  // namespace mla_fusion
