@@ -37,7 +37,7 @@ class Case:
     is_neox: bool = False
     num_slots: int | None = None
     padding: int = 0
-    slot_tail: int = 0  # entries of slot_mapping behind those of the tokens: -1, or out of any range, which nobody reads
+    slot_tail: int = 0  # entries of slot_mapping behind the tokens': -1, or out of any range; nobody reads them
     row_pad: int = 0  # unused cache elements behind each row
     block_pad: int = 0  # unused cache elements behind each block
     q_shift: int = 0  # elements by which q_pe is moved off its alignment
@@ -74,6 +74,7 @@ class Inputs:
     kv_c_weight: torch.Tensor | None = None
     epsilon: float = 1e-6
     kv_c_normed_out: torch.Tensor | None = None
+    qkv_a: torch.Tensor | None = None
 
     def args(self) -> tuple:
         """In the order of the op, of the one with norm if there is a weight."""
@@ -151,6 +152,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         query=query,
         kv_c_weight=randn(case.lora_rank) + 1 if case.norm else None,
         epsilon=case.epsilon,
+        qkv_a=qkv_a,
         kv_c_normed_out=torch.full_like(qkv_a[:, : case.lora_rank], float("nan")).contiguous() if case.norm else None,
     )
 
@@ -176,8 +178,13 @@ NORM_ERROR = 4e-6
 
 def rms_norm(inputs: Inputs) -> torch.Tensor:
     """RMSNorm of the latent in float64."""
-    x = inputs.kv_c.double()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + inputs.epsilon) * inputs.kv_c_weight.double()
+    return rms(inputs.kv_c, inputs.epsilon) * inputs.kv_c_weight.double()
+
+
+def rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm without weight in float64."""
+    x = x.double()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
 def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
