@@ -159,8 +159,13 @@ void run(const Params& p, const Lead& lead, const Angles& angles, int64_t num_ro
 #endif
 }
 
-int64_t rows_of(const Params& p, const Tensor& kv_cache) {
-  return p.num_slots > 0 ? kv_cache.size(0) * kv_cache.size(1) : 0;
+// After query and latent: the key, the cache, and the kernel.
+void run_with_key(Params& p, const Tensor& k_pe, const Tensor& k_pe_out, const Angles& angles, const CacheArguments& cache,
+                  const Lead& lead) {
+  set_key(p, k_pe, k_pe_out, lead);
+  set_angles(p, angles, lead);
+  set_cache(p, cache, lead);
+  run(p, lead, angles, p.num_slots > 0 ? cache.kv_cache.size(0) * cache.kv_cache.size(1) : 0);
 }
 
 }  // namespace
@@ -169,13 +174,9 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
                                      const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                      std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out) {
   const Lead lead{"q_pe", q_pe};
-  const Angles angles{positions, cos_sin_cache, is_neox};
   Params p = start_with_query(q_pe);
   set_latent(p, kv_c, lead);
-  set_key(p, k_pe, k_pe_out, lead);
-  set_angles(p, angles, lead);
-  set_cache(p, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
-  run(p, lead, angles, rows_of(p, kv_cache));
+  run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
 }
 
 void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
@@ -184,14 +185,10 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
                                           std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out,
                                           Tensor kv_c_normed_out) {
   const Lead lead{"q_pe", q_pe};
-  const Angles angles{positions, cos_sin_cache, is_neox};
   Params p = start_with_query(q_pe);
   set_latent(p, kv_c, lead);
   set_latent_norm(p, kv_c_weight, epsilon, kv_c_normed_out, lead);
-  set_key(p, k_pe, k_pe_out, lead);
-  set_angles(p, angles, lead);
-  set_cache(p, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
-  run(p, lead, angles, rows_of(p, kv_cache));
+  run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
 }
 
 void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
@@ -202,7 +199,6 @@ void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, c
                                      Tensor q_c_out, std::optional<Tensor> q_scales_out, Tensor k_pe_out,
                                      Tensor kv_c_normed_out) {
   const Lead lead{"q_c", q_c};
-  const Angles angles{positions, cos_sin_cache, is_neox};
   act_type_of(lead);
   check_shape("q_c", q_c, "[num_tokens, q_lora_rank]", {kAny, kAny});
   check_shape("k_pe_out", k_pe_out, "[num_tokens, 1, rot_dim]", {q_c.size(0), 1, kAny});
@@ -210,10 +206,7 @@ void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, c
   set_query_norm(p, {q_c_weight, q_epsilon, q_quant, q_rounds_twice, q_smallest, q_static_scale, q_c_out, q_scales_out}, lead);
   set_latent(p, kv_c, lead);
   set_latent_norm(p, kv_c_weight, kv_epsilon, kv_c_normed_out, lead);
-  set_key(p, k_pe, k_pe_out, lead);
-  set_angles(p, angles, lead);
-  set_cache(p, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
-  run(p, lead, angles, rows_of(p, kv_cache));
+  run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
 }
 
 void rope_query(const Tensor positions, Tensor q_pe, const Tensor cos_sin_cache, bool is_neox) {

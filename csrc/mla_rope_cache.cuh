@@ -24,10 +24,15 @@ __device__ __forceinline__ void run_role(const Role& role) {
 template <Row kRow>
 constexpr int kRowTasks = kRow == Row::kNone ? 0 : 2;
 
+// Where a norm's blocks do not fill the GPU, registers are for its loads: for more blocks the compiler would move one behind
+// the sum, to its only use.
+template <bool kNorm, int kHeads, int kShare>
+constexpr int kMinBlocksOf = kNorm && kHeads <= 1 && kShare <= 1 ? 1 : kMinBlocks;
+
 // A block is (32 lanes, tokens, tasks of a token). The tasks behind latent and key are the query's: kHeads heads per lane
 // to rotate, or, where that is 0, kShare vectors per lane to normalise.
 template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm, int kShare>
-__global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
+__global__ void MLA_LAUNCH_BOUNDS((kMinBlocksOf<kNorm, kHeads, kShare>)) mla_rope_cache_vector(const MLA_GRID_CONSTANT Params p) {
   static_assert((kHeads == 0) != (kShare == 0));
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= p.num_tokens) return;
@@ -38,7 +43,7 @@ __global__ void MLA_LAUNCH_BOUNDS mla_rope_cache_vector(const MLA_GRID_CONSTANT 
     if constexpr (kShare > 0) {
       run_role<0>(QueryNorm<Act, kShare>{p.query_norm, token, lane, query_task});
     } else {
-      run_role<0>(QueryHeads<Act, kNeox, kHeads>{p, token, lane, query_task});
+      run_role<0>(QueryHeads<Act, kNeox, kHeads, kRow == Row::kNone>{p, token, lane, query_task});
     }
   } else if constexpr (kRow != Row::kNone) {
     if (task == 0) {

@@ -18,13 +18,22 @@ struct LaneVectors {
   __device__ __forceinline__ bool has(int i) const { return i * kLanes < size; }
   __device__ __forceinline__ bool is_mine(int i) const { return lane + i * kLanes < size; }
 
-  // The element with which this lane's vector i begins; lanes behind the last vector read the last one once more.
-  __device__ __forceinline__ int index(int i) const { return (is_mine(i) ? lane + i * kLanes : size - 1) * kWidth; }
+  // The element with which this lane's vector i begins.
+  __device__ __forceinline__ int index(int i) const { return (lane + i * kLanes) * kWidth; }
 
-  // Words, not elements: a compiler that sees elements may store them one by one.
-  __device__ __forceinline__ void load(const Act* row, uint4 (&words)[kCount]) const {
+  // Behind the row's end, its start once more: cheaper than a branch.
+  __device__ __forceinline__ void prefetch(const Act* row, int i) const {
+    mla_fusion::prefetch(row + (is_mine(i) ? index(i) : 0));
+  }
+
+  // Zeros behind the row's end. Words, not elements: a compiler that sees elements may store them one by one.
+  __device__ __forceinline__ uint4 load(const Act* row, int i) const {
+    return is_mine(i) ? load_as<uint4>(row + index(i)) : uint4{};
+  }
+
+  __device__ __forceinline__ void load_all(const Act* row, uint4 (&words)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) words[i] = load_as<uint4>(row + index(i));
+    for (int i = 0; i < kCount; ++i) words[i] = load(row, i);
   }
 
   // Of the whole row, the same for all lanes of the group.
@@ -36,7 +45,7 @@ struct LaneVectors {
       float of_vector = 0.0f;
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) of_vector += to_float(part.at[j]) * to_float(part.at[j]);
-      if (is_mine(i)) sum += of_vector;
+      sum += of_vector;
     }
     return sum_over_lanes(sum);
   }

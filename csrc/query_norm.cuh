@@ -34,24 +34,30 @@ struct QueryNorm {
   __device__ __forceinline__ void prefetch_inputs() const {
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      prefetch(source() + mine().index(vector(i)));
-      if (token == 0) prefetch(weight() + mine().index(vector(i)));
+      mine().prefetch(source(), vector(i));
+      if (token == 0) mine().prefetch(weight(), vector(i));
     }
   }
 
   __device__ __forceinline__ void run() const {
     uint4 words[kQueryVectors];
-    mine().load(source(), words);
+    uint4 own[kShare];
+    uint4 weights[kShare];
+    mine().load_all(source(), words);
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      // An index known at compile time keeps the words in registers; another task's are read again.
+      own[i] = kHasRow ? words[i] : mine().load(source(), vector(i));
+      weights[i] = mine().load(weight(), vector(i));
+    }
+    const float static_scale = p.quant == QueryQuant::kStatic ? *p.static_scale : 1.0f;
     const float inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.rank, p.inverse_rank, p.epsilon);
-    // An index known at compile time keeps the words in registers; another task's are read again.
     ActVector<Act> values[kShare];
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
-      const uint4 own = kHasRow ? words[i] : load_as<uint4>(source() + mine().index(vector(i)));
-      const uint4 weights = load_as<uint4>(weight() + mine().index(vector(i)));
-      values[i] = normalise<Act>(elements<Act>(own), elements<Act>(weights), inverse_rms, p.rounds_twice);
+      values[i] = normalise<Act>(elements<Act>(own[i]), elements<Act>(weights[i]), inverse_rms, p.rounds_twice);
     }
-    const float row_scale = scale_of_row(values);
+    const float row_scale = scale_of_row(values, static_scale);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       if (mine().has(vector(i))) store(vector(i), values[i], row_scale);
@@ -64,12 +70,10 @@ struct QueryNorm {
   }
 
   // Where the row has one scale.
-  __device__ __forceinline__ float scale_of_row(const ActVector<Act> (&values)[kShare]) const {
-    if (p.quant == QueryQuant::kStatic) return *p.static_scale;
+  __device__ __forceinline__ float scale_of_row(const ActVector<Act> (&values)[kShare], float static_scale) const {
     if constexpr (kHasRow) {
       if (p.quant == QueryQuant::kToken) {
         float largest = 0.0f;
-        // Vectors behind the row's end are its last one once more.
 #pragma unroll
         for (int i = 0; i < kShare; ++i) largest = fmaxf(largest, largest_of(values[i]));
         const float scale = scale_for(max_over_lanes<kLanes>(largest));
@@ -77,7 +81,7 @@ struct QueryNorm {
         return scale;
       }
     }
-    return 1.0f;
+    return static_scale;
   }
 
   // All lanes of the group take part, those behind the row's end too.

@@ -28,9 +28,9 @@ struct Latent {
   __device__ __forceinline__ void prefetch_inputs() const {
 #pragma unroll
     for (int i = 0; i < kLatentVectors; ++i) {
-      prefetch(source() + mine().index(i));
+      mine().prefetch(source(), i);
       // The same for all tokens: once is enough, and more would queue for one line.
-      if (kNorm && token == 0) prefetch(weight() + mine().index(i));
+      if (kNorm && token == 0) mine().prefetch(weight(), i);
     }
     if (lane == 0 && token < p.num_slots) prefetch(p.slot_mapping + token);
     if (kRow == Row::kFp8 && token == 0 && lane == 0) prefetch(p.kv_cache_scale);
@@ -40,10 +40,10 @@ struct Latent {
     const CacheRow<kRow> row(p, token);
     uint4 words[kLatentVectors];
     uint4 weights[kLatentVectors];
-    mine().load(source(), words);
+    mine().load_all(source(), words);
     float inverse_rms = 0.0f;
     if constexpr (kNorm) {
-      mine().load(weight(), weights);
+      mine().load_all(weight(), weights);
       inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.lora_rank, p.inverse_lora_rank, p.epsilon);
     }
     const int64_t offset = row.offset(p);
@@ -100,8 +100,9 @@ struct Key {
   }
 };
 
-// kHeads heads per lane, neighbouring lanes on neighbouring columns of a head; rotated in place.
-template <typename Act, bool kNeox, int kHeads>
+// kHeads heads per lane, neighbouring lanes on neighbouring columns of a head; rotated in place. kIsAlone: no key brings the
+// position to L2.
+template <typename Act, bool kNeox, int kHeads, bool kIsAlone>
 struct QueryHeads {
   using Part = HeadPart<Act, kNeox>;
 
@@ -124,6 +125,7 @@ struct QueryHeads {
     for (int i = 0; i < kHeads; ++i) {
       if (head(i) < p.num_heads) Part::prefetch(head_start(i), column(), p.rot_dim);
     }
+    if (kIsAlone && task == 0 && lane == 0) prefetch(position_address(p, token));
   }
 
   __device__ __forceinline__ void run() const {

@@ -12,11 +12,18 @@ namespace mla_fusion {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 256;
-// From sm_100 on the compiler, left to itself, spills a register for occupancy.
+// How many blocks a multiprocessor must be able to run; 0 leaves it to the compiler, which from sm_100 on spills a register
+// for more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define MLA_LAUNCH_BOUNDS __launch_bounds__(kMaxThreads, 1)
+constexpr int kMinBlocks = 1;
 #else
-#define MLA_LAUNCH_BOUNDS __launch_bounds__(kMaxThreads)
+constexpr int kMinBlocks = 0;
+#endif
+// HIP's second number has another meaning.
+#ifdef __NVCC__
+#define MLA_LAUNCH_BOUNDS(min_blocks) __launch_bounds__(kMaxThreads, min_blocks)
+#else
+#define MLA_LAUNCH_BOUNDS(min_blocks) __launch_bounds__(kMaxThreads)
 #endif
 
 // Kernel arguments that need no copy; HIP does not know the word and makes none.

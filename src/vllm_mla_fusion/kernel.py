@@ -164,43 +164,15 @@ def check_shapes(q_pe: torch.Tensor, k_pe_out: torch.Tensor) -> None:
     torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
 
 
-def _fake(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    k_pe_out: torch.Tensor,
-) -> None:
-    check_shapes(q_pe, k_pe_out)
+# The fakes name what they look at; the outputs come last.
+def _fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
+    check_shapes(q_pe, rest[-1])
 
 
-def _norm_fake(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    kv_c_weight: torch.Tensor,
-    epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    k_pe_out: torch.Tensor,
-    kv_c_normed_out: torch.Tensor,
-) -> None:
+def _norm_fake(positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, kv_c: torch.Tensor, *rest: Any) -> None:
+    k_pe_out, kv_c_normed_out = rest[-2:]
     check_shapes(q_pe, k_pe_out)
-    torch._check(
-        kv_c_normed_out.shape == kv_c.shape,
-        lambda: f"kv_c_normed_out must be {tuple(kv_c.shape)}, got {tuple(kv_c_normed_out.shape)}",
-    )
+    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
 
 
 def _norms_fake(
@@ -210,29 +182,16 @@ def _norms_fake(
     q_epsilon: float,
     k_pe: torch.Tensor,
     kv_c: torch.Tensor,
-    kv_c_weight: torch.Tensor,
-    kv_epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    q_quant: str,
-    q_rounds_twice: bool,
-    q_smallest: float,
-    q_static_scale: torch.Tensor | None,
-    q_c_out: torch.Tensor,
-    q_scales_out: torch.Tensor | None,
-    k_pe_out: torch.Tensor,
-    kv_c_normed_out: torch.Tensor,
+    *rest: Any,
 ) -> None:
-    for name, out, of in (("q_c_out", q_c_out, q_c), ("kv_c_normed_out", kv_c_normed_out, kv_c)):
-        torch._check(
-            out.shape == of.shape,
-            lambda name=name, out=out, of=of: f"{name} must be {tuple(of.shape)}, got {tuple(out.shape)}",
-        )
+    q_c_out, _, _, kv_c_normed_out = rest[-4:]
+    _check_like("q_c_out", q_c_out, q_c)
+    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
 
 
-def _rope_query_fake(positions: torch.Tensor, q_pe: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> None:
+def _rope_query_fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
     torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
+
+
+def _check_like(name: str, out: torch.Tensor, of: torch.Tensor) -> None:
+    torch._check(out.shape == of.shape, lambda: f"{name} must be {tuple(of.shape)}, got {tuple(out.shape)}")
