@@ -104,6 +104,7 @@ void set_key(Params& p, const Tensor& k_pe, const Tensor& k_pe_out, const Lead& 
 void set_latent(Params& p, const Tensor& kv_c, const Lead& lead) {
   check_shape("kv_c", kv_c, "[num_tokens, kv_lora_rank]", {p.num_tokens, kAny});
   check_activations("kv_c", kv_c, lead);
+  if (kv_c.size(1) == 0) fail("kv_c must have at least one column, got ", shape_text(kv_c), "; pass the latent");
   p.kv_c = kv_c.data_ptr();
   p.kv_token_stride = kv_c.stride(0);
   p.lora_rank = static_cast<int32_t>(kv_c.size(1));
@@ -141,7 +142,8 @@ void check_indices_on_cpu(const Params& p, int64_t max_position, int64_t num_row
 
 // `num_rows`: of the cache, or 0.
 void run(const Params& p, const Lead& lead, const Angles& angles, int64_t num_rows) {
-  if (p.num_tokens == 0) return;
+  const bool has_work = p.k_pe != nullptr || p.num_heads > 0;
+  if (p.num_tokens == 0 || !has_work) return;
   if (lead.tensor.is_cpu()) {
     check_indices_on_cpu(p, angles.cos_sin_cache.size(0), num_rows);
     torch::stable::parallel_for(0, p.num_tokens, kCpuGrain, [&p](int64_t begin, int64_t end) { run_cpu(p, begin, end); });

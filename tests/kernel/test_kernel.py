@@ -32,6 +32,7 @@ CASES = [
     V3_RANK.but(num_heads=128),
     V2_LITE.but(num_tokens=1),
     V2_LITE.but(num_tokens=1, num_heads=1),
+    V2_LITE.but(num_heads=0),
     V2_LITE.but(num_tokens=2500),  # fills a GPU: several heads per lane
     V2_LITE.but(num_tokens=2500, is_neox=True, num_heads=5),
     V3_RANK.but(num_tokens=300, num_heads=128, padding=3),  # the same, and several blocks of a token
@@ -276,6 +277,7 @@ BAD = {
     "k_pe must be": lambda i: setattr(i, "k_pe", i.k_pe[:-1]),
     "k_pe must have dtype bfloat16, got float32": lambda i: setattr(i, "k_pe", i.k_pe.float()),
     "kv_c must be": lambda i: setattr(i, "kv_c", i.kv_c[:-1]),
+    "kv_c must have at least one column": lambda i: setattr(i, "kv_c", i.kv_c[:, :0]),
     "kv_c must have a contiguous last dimension": lambda i: setattr(i, "kv_c", i.kv_c.t().contiguous().t()),
     "q_pe must have a contiguous last dimension": lambda i: setattr(i, "q_pe", i.query.view(37, 16, 192)[..., ::3]),
     "k_pe must have a contiguous last dimension": lambda i: setattr(i, "k_pe", torch.cat([i.k_pe] * 2, -1)[..., ::2]),
