@@ -12,8 +12,8 @@ namespace mla_fusion {
 constexpr int kQueryVectors = 8;
 
 // Some of one token's row: kShare of the vectors that each lane has. Every group adds the squares of the whole row, in one
-// order: what is shared costs loads from nearby caches, no synchronisation, and gives the same bits at every kShare. A
-// scale of the whole row takes a group that has all of it.
+// order: what is shared costs loads from nearby caches, no synchronisation, and gives the same bits at every kShare. The
+// form with a scale of the whole row, and only that, takes a group that has all of it.
 template <typename Act, int kShare>
 struct QueryNorm {
   using Vectors = LaneVectors<Act, kQueryVectors>;
@@ -50,17 +50,20 @@ struct QueryNorm {
       own[i] = kHasRow ? words[i] : mine().load(source(), vector(i));
       weights[i] = mine().load(weight(), vector(i));
     }
-    const float static_scale = p.quant == QueryQuant::kStatic ? *p.static_scale : 1.0f;
+    const float static_scale = !kHasRow && p.quant == QueryQuant::kStatic ? *p.static_scale : 1.0f;
     const float inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.rank, p.inverse_rank, p.epsilon);
     ActVector<Act> values[kShare];
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       values[i] = normalise<Act>(elements<Act>(own[i]), elements<Act>(weights[i]), inverse_rms, p.rounds_twice);
     }
-    const float row_scale = scale_of_row(values, static_scale);
+    if constexpr (kHasRow) {
+      store_row(values);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kShare; ++i) {
-      if (mine().has(vector(i))) store(vector(i), values[i], row_scale);
+      for (int i = 0; i < kShare; ++i) {
+        if (mine().has(vector(i))) store(vector(i), values[i], static_scale);
+      }
     }
   }
 
@@ -69,42 +72,37 @@ struct QueryNorm {
     return query_scale(largest, p.smallest, p.scales_are_powers_of_two);
   }
 
-  // Where the row has one scale.
-  __device__ __forceinline__ float scale_of_row(const ActVector<Act> (&values)[kShare], float static_scale) const {
-    if constexpr (kHasRow) {
-      if (p.quant == QueryQuant::kToken) {
-        float largest = 0.0f;
+  // kToken.
+  __device__ __forceinline__ void store_row(const ActVector<Act> (&values)[kShare]) const {
+    float largest = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kShare; ++i) largest = fmaxf(largest, largest_of(values[i]));
-        const float scale = scale_for(max_over_lanes<kLanes>(largest));
-        if (lane == 0) p.scales[token * p.scale_token_stride] = scale;
-        return scale;
-      }
-    }
-    return static_scale;
+    for (int i = 0; i < kShare; ++i) largest = fmaxf(largest, largest_of(values[i]));
+    const float scale = scale_for(max_over_lanes<kLanes>(largest));
+    if (lane == 0) p.scales[token * p.scale_token_stride] = scale;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) store_e4m3(i, values[i], Scale(scale));
   }
 
-  // All lanes of the group take part, those behind the row's end too.
-  __device__ __forceinline__ void store(int vector, const ActVector<Act>& value, float row_scale) const {
-    const bool is_mine = mine().is_mine(vector);
-    const int index = mine().index(vector);
+  // The other forms. All lanes of the group take part, those behind the row's end too.
+  __device__ __forceinline__ void store(int vector, const ActVector<Act>& value, float static_scale) const {
     if (p.quant == QueryQuant::kNone) {
-      if (is_mine) store_as(static_cast<Act*>(p.out) + token * p.rank + index, value);
-      return;
-    }
-    uint8_t* out = static_cast<uint8_t*>(p.out) + token * p.rank + index;
-    if (p.quant == QueryQuant::kStatic) {
-      if (is_mine) store_as(out, quantise(value, Reciprocal{1.0f / row_scale}, CacheKind::kFp8E4M3));
-      return;
-    }
-    float scale = row_scale;
-    if (p.quant == QueryQuant::kGroup) {
-      scale = scale_for(max_over_lanes<kLanesPerGroup>(largest_of(value)));
-      if (is_mine && index % kQueryGroup == 0) {
+      if (mine().is_mine(vector)) store_as(static_cast<Act*>(p.out) + token * p.rank + mine().index(vector), value);
+    } else if (p.quant == QueryQuant::kStatic) {
+      store_e4m3(vector, value, Reciprocal{1.0f / static_scale});
+    } else {
+      const float scale = scale_for(max_over_lanes<kLanesPerGroup>(largest_of(value)));
+      const int index = mine().index(vector);
+      if (mine().is_mine(vector) && index % kQueryGroup == 0) {
         p.scales[token * p.scale_token_stride + index / kQueryGroup * p.scale_group_stride] = scale;
       }
+      store_e4m3(vector, value, Scale(scale));
     }
-    if (is_mine) store_as(out, quantise(value, Scale(scale), CacheKind::kFp8E4M3));
+  }
+
+  template <typename Quotient>
+  __device__ __forceinline__ void store_e4m3(int vector, const ActVector<Act>& value, const Quotient& quotient) const {
+    uint8_t* out = static_cast<uint8_t*>(p.out) + token * p.rank + mine().index(vector);
+    if (mine().is_mine(vector)) store_as(out, quantise(value, quotient, CacheKind::kFp8E4M3));
   }
 };
 

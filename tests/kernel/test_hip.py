@@ -86,7 +86,8 @@ def check_wide_accesses(kernels: list[Kernel]) -> None:
             assert len(LOADS_8_BYTES.findall(code)) >= 2 * heads, kernel.name
             assert len(STORES_8_BYTES.findall(code)) >= 2 * head_stores, kernel.name
         assert len(LOADS_16_BYTES.findall(code)) >= loads, kernel.name
-        query_stores = share
+        # With a scale of the whole row it is fp8 only.
+        query_stores = share if share < 8 else 0
         assert len(STORES_16_BYTES.findall(code)) >= latent_stores + query_stores + (0 if is_neox else head_stores), (
             kernel.name
         )
@@ -157,7 +158,7 @@ assert_within_one_rounding(result.q_pe, rotate(inputs.q_pe, inputs))
 
 def run_build(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     cache = {"MLA_FUSION_CACHE_DIR": str(tmp_path / "cache"), "MLA_FUSION_ARCH": "gfx942"}
-    paths = [environment["PYTHONPATH"], str(Path(__file__).parent)]
+    paths = [environment["PYTHONPATH"], str(Path(__file__).parents[1])]
     variables = os.environ | environment | cache | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", BUILD_AND_RUN], env=variables, capture_output=True, text=True)
 
