@@ -5,8 +5,10 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
+#include "general.cuh"
 #include "mla_rope_cache.cuh"
 
 namespace mla_fusion {
@@ -14,32 +16,58 @@ namespace mla_fusion {
 // Below this many groups of lanes the GPU is not full and one head per lane is the shortest way.
 constexpr int64_t kGroupsToFillGpu = 8192;
 constexpr int kHeadsWhenFull = 2;
+// The same for the rows of the query's norm, and the vectors of a row that a lane then has.
+constexpr int64_t kRowsToFillGpu = 512;
+constexpr int kShareWhenFull = 2;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline bool is_aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// The vector kernels need every vector that they touch to be whole and aligned.
+// In elements of an activation type, and for the strides and pointers of its rows.
+template <typename Act>
+bool are_vectors(std::initializer_list<int64_t> counts, std::initializer_list<const void*> pointers) {
+  for (const int64_t count : counts) {
+    if (count % kActsPerVector<Act> != 0) return false;
+  }
+  for (const void* pointer : pointers) {
+    if (!is_aligned(pointer, kVectorBytes)) return false;
+  }
+  return true;
+}
+
+template <typename Act>
+bool heads_fit(const Params& p) {
+  const int columns = p.rot_dim / kActsPerVector<Act>;
+  return columns > 0 && columns <= kLanes && (columns & (columns - 1)) == 0 &&
+         are_vectors<Act>({p.rot_dim, p.q_token_stride, p.q_head_stride, p.k_token_stride, p.cos_sin_stride},
+                          {p.q_pe, p.k_pe, p.k_pe_out, p.cos_sin_cache});
+}
+
+template <typename Act>
+bool latent_fits(const Params& p) {
+  const bool is_ds_mla = p.cache_kind == CacheKind::kFp8DsMla;
+  // In elements of the cache: where they are bytes, eight quantised values or sixteen bytes of the key are one store.
+  const int64_t cache_step = is_ds_mla ? kVectorBytes : kActsPerVector<Act>;
+  const int64_t cache_bytes = p.cache_kind == CacheKind::kCopy ? kVectorBytes : cache_step;
+  return p.lora_rank > 0 && p.lora_rank <= kLatentVectors * kLanes * kActsPerVector<Act> &&
+         (!is_ds_mla || p.lora_rank == kDsMlaLoraRank) && p.cache_block_stride % cache_step == 0 &&
+         p.cache_row_stride % cache_step == 0 && is_aligned(p.kv_cache, cache_bytes) &&
+         are_vectors<Act>({p.lora_rank, p.kv_token_stride}, {p.kv_c, p.kv_c_weight, p.kv_c_out});
+}
+
+template <typename Act>
+bool query_norm_fits(const QueryNormParams& q) {
+  return q.rank > 0 && q.rank <= kQueryVectors * kLanes * kActsPerVector<Act> &&
+         are_vectors<Act>({q.rank, q.token_stride}, {q.in, q.weight, q.out});
+}
+
+// The vector kernels need every vector that they touch to be whole and aligned. Models whose query has a norm have GPT-J
+// pairs; with GPT-NeoX's its norm takes the general kernel, and every build is shorter for it.
 template <typename Act>
 bool vectors_fit(const Params& p) {
-  constexpr int kWidth = kActsPerVector<Act>;
-  const int columns = p.rot_dim / kWidth;
-  const bool shape_fits = p.rot_dim % kWidth == 0 && columns > 0 && columns <= kLanes &&
-                          (columns & (columns - 1)) == 0 && p.lora_rank > 0 && p.lora_rank % kWidth == 0 &&
-                          p.lora_rank <= kLatentVectors * kLanes * kWidth;
-  const bool strides_fit = p.q_token_stride % kWidth == 0 && p.q_head_stride % kWidth == 0 &&
-                           p.k_token_stride % kWidth == 0 && p.kv_token_stride % kWidth == 0 &&
-                           p.cos_sin_stride % kWidth == 0;
-  const bool tiles_fit = p.cache_kind != CacheKind::kFp8DsMla || p.lora_rank == kDsMlaLoraRank;
-  // In elements of the cache: where they are bytes, eight quantised values or sixteen bytes of the key are one store.
-  const int64_t cache_step = p.cache_kind == CacheKind::kFp8DsMla ? kVectorBytes : kWidth;
-  const int64_t cache_bytes = p.cache_kind == CacheKind::kCopy ? kVectorBytes : cache_step;
-  const bool cache_fits = p.cache_block_stride % cache_step == 0 && p.cache_row_stride % cache_step == 0 &&
-                          is_aligned(p.kv_cache, cache_bytes);
-  return shape_fits && strides_fit && tiles_fit && cache_fits && is_aligned(p.q_pe, kVectorBytes) &&
-         is_aligned(p.k_pe, kVectorBytes) && is_aligned(p.kv_c, kVectorBytes) && is_aligned(p.k_pe_out, kVectorBytes) &&
-         is_aligned(p.cos_sin_cache, kVectorBytes) && is_aligned(p.kv_c_weight, kVectorBytes) &&
-         is_aligned(p.kv_c_out, kVectorBytes);
+  return heads_fit<Act>(p) && (p.kv_c == nullptr || latent_fits<Act>(p)) &&
+         (p.query_norm.in == nullptr || (!p.is_neox && query_norm_fits<Act>(p.query_norm)));
 }
 
 #if !defined(__HIP_PLATFORM_AMD__)
@@ -73,27 +101,48 @@ inline cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, const P
 
 inline int heads_per_pass(const Params& p) { return kLanes >> p.column_shift; }
 
-template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
-cudaError_t launch_vector(const Params& p, cudaStream_t stream) {
-  const int64_t tasks = kFirstQueryTask + ceil_div(p.num_heads, heads_per_pass(p) * kHeads);
+// kHeads or kShare as in the kernel; `query_tasks`: of a token. Where the GPU is not full, a block has one token.
+template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm, int kShare>
+cudaError_t launch_vector(const Params& p, int64_t query_tasks, bool is_full, cudaStream_t stream) {
+  const int64_t tasks = kRowTasks<kRow> + query_tasks;
   constexpr int kMaxGroups = kMaxThreads / kLanes;
   const int64_t blocks_per_token = ceil_div(tasks, kMaxGroups);
   const int64_t tasks_per_block = ceil_div(tasks, blocks_per_token);
-  const int64_t tokens_per_block = kHeads == 1 ? 1 : kMaxGroups / tasks_per_block;
+  const int64_t tokens_per_block = is_full ? kMaxGroups / tasks_per_block : 1;
   const dim3 block(kLanes, tokens_per_block, tasks_per_block);
   const dim3 grid(ceil_div(p.num_tokens, tokens_per_block), blocks_per_token);
-  return launch(mla_rope_cache_vector<Act, kNeox, kHeads, kRow, kNorm>, grid, block, p, stream);
+  return launch(mla_rope_cache_vector<Act, kNeox, kHeads, kRow, kNorm, kShare>, grid, block, p, stream);
 }
 
 template <typename Act, bool kNeox, Row kRow, bool kNorm>
 cudaError_t choose_heads(const Params& p, cudaStream_t stream) {
-  const int64_t groups = p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass(p)));
-  return groups < kGroupsToFillGpu ? launch_vector<Act, kNeox, 1, kRow, kNorm>(p, stream)
-                                   : launch_vector<Act, kNeox, kHeadsWhenFull, kRow, kNorm>(p, stream);
+  const int64_t passes = ceil_div(p.num_heads, heads_per_pass(p));
+  if (p.num_tokens * (1 + passes) < kGroupsToFillGpu) {
+    return launch_vector<Act, kNeox, 1, kRow, kNorm, 0>(p, passes, false, stream);
+  }
+  const int64_t tasks = ceil_div(p.num_heads, heads_per_pass(p) * kHeadsWhenFull);
+  return launch_vector<Act, kNeox, kHeadsWhenFull, kRow, kNorm, 0>(p, tasks, true, stream);
+}
+
+template <typename Act, Row kRow, int kShare>
+cudaError_t launch_query_norm(const Params& p, bool is_full, cudaStream_t stream) {
+  const int64_t tasks = ceil_div(p.query_norm.rank, kShare * kLanes * kActsPerVector<Act>);
+  return launch_vector<Act, false, 0, kRow, true, kShare>(p, tasks, is_full, stream);
+}
+
+// With a norm of the latent, as all models with one of the query have it.
+template <typename Act, Row kRow>
+cudaError_t choose_share(const Params& p, cudaStream_t stream) {
+  if (p.query_norm.quant == QueryQuant::kToken) return launch_query_norm<Act, kRow, kQueryVectors>(p, true, stream);
+  if (p.num_tokens < kRowsToFillGpu) return launch_query_norm<Act, kRow, 1>(p, false, stream);
+  return launch_query_norm<Act, kRow, kShareWhenFull>(p, true, stream);
 }
 
 template <typename Act, bool kNeox, Row kRow>
 cudaError_t choose_norm(const Params& p, cudaStream_t stream) {
+  if constexpr (!kNeox) {
+    if (p.query_norm.in != nullptr) return choose_share<Act, kRow>(p, stream);
+  }
   return p.kv_c_weight != nullptr ? choose_heads<Act, kNeox, kRow, true>(p, stream)
                                   : choose_heads<Act, kNeox, kRow, false>(p, stream);
 }
@@ -109,7 +158,9 @@ constexpr bool kHasDsMlaVectors = std::is_same_v<Act, BFloat16> && !kNeox;
 
 template <typename Act, bool kNeox>
 cudaError_t choose_cache(const Params& p, cudaStream_t stream) {
-  if (p.cache_kind == CacheKind::kCopy) {
+  if (p.kv_c == nullptr) {
+    return choose_heads<Act, kNeox, Row::kNone, false>(p, stream);
+  } else if (p.cache_kind == CacheKind::kCopy) {
     return choose_norm<Act, kNeox, Row::kCopy>(p, stream);
   } else if (p.cache_kind != CacheKind::kFp8DsMla) {
     return choose_norm<Act, kNeox, Row::kFp8>(p, stream);

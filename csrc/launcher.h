@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
 
 namespace mla_fusion {
@@ -21,5 +22,17 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
                                           bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                           std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out,
                                           Tensor kv_c_normed_out);
+
+// Before q_b: both norms, the query's quantisation, RoPE of the key and the cache rows.
+void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
+                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double kv_epsilon,
+                                     const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
+                                     std::string kv_cache_dtype, const Tensor kv_cache_scale, std::string q_quant,
+                                     bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,
+                                     Tensor q_c_out, std::optional<Tensor> q_scales_out, Tensor k_pe_out,
+                                     Tensor kv_c_normed_out);
+
+// After q_b: RoPE of the query.
+void rope_query(const Tensor positions, Tensor q_pe, const Tensor cos_sin_cache, bool is_neox);
 
 }  // namespace mla_fusion

@@ -17,6 +17,16 @@ enum class CacheKind : int32_t {
   kFp8DsMla,  // rows of kDsMla*: each tile of the latent in e4m3 with a scale of its own, the key unquantised
 };
 
+// How the normalised query is given to q_b.
+enum class QueryQuant : int32_t {
+  kNone,    // in the activation type
+  kGroup,   // e4m3, divided by a scale of each kQueryGroup values
+  kToken,   // e4m3, divided by a scale of the row
+  kStatic,  // e4m3, multiplied by the reciprocal of a scale that is given
+};
+
+constexpr int kQueryGroup = 128;
+
 // A row of fp8_ds_mla in bytes, as sparse attention reads it: latent, float32 scales of its tiles, key in 16 bits.
 constexpr int kDsMlaLoraRank = 512;
 constexpr int kDsMlaRotDim = 64;
@@ -28,10 +38,30 @@ constexpr int kDsMlaRowBytes = kDsMlaKey + kDsMlaRotDim * 2;
 // One access of a lane of the vector kernels.
 constexpr int kVectorBytes = 16;
 
-// Strides count elements of the tensor that they belong to.
+// The RMSNorm of the query's latent, before q_b.
+struct QueryNormParams {
+  const void* in;                 // [num_tokens, rank], or null: no such norm
+  const void* weight;             // [rank]
+  void* out;                      // [num_tokens, rank], contiguous
+  float* scales;                  // of kGroup and kToken: [num_tokens, scales of a row], written
+  const float* static_scale;      // of kStatic: one value
+  int64_t token_stride;
+  int64_t scale_token_stride;
+  int64_t scale_group_stride;
+  int32_t rank;
+  float inverse_rank;
+  float epsilon;
+  float smallest;                 // of kGroup and kToken: as what the largest magnitude counts at least
+  QueryQuant quant;
+  bool rounds_twice;              // to the activation type before the weight too
+  bool scales_are_powers_of_two;  // of kGroup: rounded up
+};
+
+// What a call does is what it has: the query's heads, the key and the latent (together, with their cache rows), the
+// query's norm. Strides count elements of the tensor that they belong to.
 struct Params {
-  void* q_pe;                     // [num_tokens, num_heads, rot_dim], rotated in place
-  const void* k_pe;               // [num_tokens, rot_dim]
+  void* q_pe;                     // [num_tokens, num_heads, rot_dim], rotated in place; null: no query, num_heads is 0
+  const void* k_pe;               // [num_tokens, rot_dim]; null: no key and no latent
   const void* kv_c;               // [num_tokens, lora_rank]
   const void* kv_c_weight;        // [lora_rank], or null: kv_c is cached as it is, without RMSNorm
   void* kv_c_out;                 // [num_tokens, lora_rank], contiguous: the normalised latent; null without norm
@@ -67,6 +97,8 @@ struct Params {
   bool is_neox;
   bool cos_sin_is_float;          // else the activation type
   bool positions_are_int32;       // else int64
+
+  QueryNormParams query_norm;
 };
 
 // Tokens begin <= t < end, on the calling thread.

@@ -45,12 +45,17 @@ void store_fp8(const Act* in, uint8_t* out, int count, float scale) {
 }
 
 template <typename Act>
+float largest_of(const Act* in, int count) {
+  float largest = 0.0f;
+  for (int i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(to_float(in[i])));
+  return largest;
+}
+
+template <typename Act>
 void store_ds_mla_row(const Act* kv_c, const Act* key, uint8_t* row) {
   for (int tile = 0; tile < kDsMlaLoraRank / kDsMlaTile; ++tile) {
     const Act* in = kv_c + tile * kDsMlaTile;
-    float largest = 0.0f;
-    for (int i = 0; i < kDsMlaTile; ++i) largest = std::fmax(largest, std::fabs(to_float(in[i])));
-    const float scale = ds_mla_scale(largest);
+    const float scale = ds_mla_scale(largest_of(in, kDsMlaTile));
     store_fp8<Fp8::kE4M3>(in, row + tile * kDsMlaTile, kDsMlaTile, scale);
     std::memcpy(row + kDsMlaScales + tile * sizeof(scale), &scale, sizeof(scale));
   }
@@ -76,14 +81,51 @@ void store_row(const Act* in, void* cache, int64_t offset, int count, CacheKind 
   }
 }
 
-// RMSNorm as vLLM's compiled graphs round it: normalise and weigh in float, round once.
+struct Norm {
+  const void* weight;
+  int rank;
+  float epsilon;
+  bool rounds_twice;
+};
+
+// As vLLM's compiled graphs round it: normalise and weigh in float, round once. Its ops round twice: to the activation
+// type before the weight too.
 template <typename Act>
-void normalise(const Params& p, const Act* in, Act* out) {
-  const Act* weight = static_cast<const Act*>(p.kv_c_weight);
+void normalise(const Norm& norm, const Act* in, Act* out) {
+  const Act* weight = static_cast<const Act*>(norm.weight);
   float sum = 0.0f;
-  for (int i = 0; i < p.lora_rank; ++i) sum += to_float(in[i]) * to_float(in[i]);
-  const float inverse_rms = 1.0f / std::sqrt(sum * p.inverse_lora_rank + p.epsilon);
-  for (int i = 0; i < p.lora_rank; ++i) out[i] = from_float<Act>(to_float(in[i]) * inverse_rms * to_float(weight[i]));
+  for (int i = 0; i < norm.rank; ++i) sum += to_float(in[i]) * to_float(in[i]);
+  const float inverse_rms = 1.0f / std::sqrt(sum / static_cast<float>(norm.rank) + norm.epsilon);
+  for (int i = 0; i < norm.rank; ++i) {
+    float value = to_float(in[i]) * inverse_rms;
+    if (norm.rounds_twice) value = to_float(from_float<Act>(value));
+    out[i] = from_float<Act>(value * to_float(weight[i]));
+  }
+}
+
+// The normalised query in e4m3; a group or row has a scale of its own.
+template <typename Act>
+void quantise_query(const QueryNormParams& q, const Act* in, uint8_t* out, float* scales) {
+  if (q.quant == QueryQuant::kStatic) {
+    const float factor = 1.0f / *q.static_scale;
+    for (int i = 0; i < q.rank; ++i) out[i] = to_fp8<Fp8::kE4M3>(to_float(in[i]) * factor);
+    return;
+  }
+  const int tile = q.quant == QueryQuant::kGroup ? kQueryGroup : q.rank;
+  for (int start = 0; start < q.rank; start += tile, scales += q.scale_group_stride) {
+    *scales = query_scale(largest_of(in + start, tile), q.smallest, q.scales_are_powers_of_two);
+    store_fp8<Fp8::kE4M3>(in + start, out + start, tile, *scales);
+  }
+}
+
+template <typename Act>
+void normalise_query(const QueryNormParams& q, int64_t token) {
+  const Act* in = static_cast<const Act*>(q.in) + token * q.token_stride;
+  const Norm norm{q.weight, q.rank, q.epsilon, q.rounds_twice};
+  if (q.quant == QueryQuant::kNone) return normalise(norm, in, static_cast<Act*>(q.out) + token * q.rank);
+  std::vector<Act> normalised(q.rank);
+  normalise(norm, in, normalised.data());
+  quantise_query(q, normalised.data(), static_cast<uint8_t*>(q.out) + token * q.rank, q.scales + token * q.scale_token_stride);
 }
 
 int64_t position_of(const Params& p, int64_t token) {
@@ -91,19 +133,16 @@ int64_t position_of(const Params& p, int64_t token) {
                                : static_cast<const int64_t*>(p.positions)[token];
 }
 
+// The key and the latent, and their row of the cache.
 template <typename Act>
-void run_token(const Params& p, int64_t token, float* cos_sin) {
-  load_cos_sin<Act>(p, position_of(p, token), cos_sin);
-  Act* q = static_cast<Act*>(p.q_pe) + token * p.q_token_stride;
-  for (int head = 0; head < p.num_heads; ++head, q += p.q_head_stride) rotate(q, q, cos_sin, p.rot_dim, p.is_neox);
-
+void run_row(const Params& p, int64_t token, const float* cos_sin) {
   Act* k_out = static_cast<Act*>(p.k_pe_out) + token * p.rot_dim;
   rotate(static_cast<const Act*>(p.k_pe) + token * p.k_token_stride, k_out, cos_sin, p.rot_dim, p.is_neox);
 
   const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
   if (p.kv_c_weight != nullptr) {
     Act* normalised = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
-    normalise(p, kv_c, normalised);
+    normalise(Norm{p.kv_c_weight, p.lora_rank, p.epsilon, false}, kv_c, normalised);
     kv_c = normalised;
   }
 
@@ -114,6 +153,15 @@ void run_token(const Params& p, int64_t token, float* cos_sin) {
   const float scale = p.cache_kind == CacheKind::kCopy ? 1.0f : *p.kv_cache_scale;
   store_row(kv_c, p.kv_cache, row, p.lora_rank, p.cache_kind, scale);
   store_row(k_out, p.kv_cache, row + p.lora_rank, p.rot_dim, p.cache_kind, scale);
+}
+
+template <typename Act>
+void run_token(const Params& p, int64_t token, float* cos_sin) {
+  load_cos_sin<Act>(p, position_of(p, token), cos_sin);
+  Act* q = static_cast<Act*>(p.q_pe) + token * p.q_token_stride;
+  for (int head = 0; head < p.num_heads; ++head, q += p.q_head_stride) rotate(q, q, cos_sin, p.rot_dim, p.is_neox);
+  if (p.k_pe != nullptr) run_row<Act>(p, token, cos_sin);
+  if (p.query_norm.in != nullptr) normalise_query<Act>(p.query_norm, token);
 }
 
 template <typename Act>

@@ -147,6 +147,13 @@ MLA_FN uint8_t to_fp8(float value) {
 // The scale of a tile of fp8_ds_mla: its largest magnitude becomes e4m3's largest value. The bound is the smallest normal.
 MLA_FN float ds_mla_scale(float largest) { return fmaxf(largest / 448.0f, float_from_bits(0x00800000u)); }
 
+// That of a group or row of the query, which counts as at least `smallest`; rounded up to a power of two by the same
+// functions as vLLM's, whose logarithm is not exact.
+MLA_FN float query_scale(float largest, float smallest, bool is_power_of_two) {
+  const float scale = fmaxf(largest, smallest) / 448.0f;
+  return is_power_of_two ? exp2f(ceilf(log2f(fmaxf(scale, 1e-10f)))) : scale;
+}
+
 // Two values at once, the first in the low byte.
 template <Fp8 kFormat>
 MLA_FN uint16_t to_fp8_pair(float low, float high) {

@@ -37,6 +37,7 @@ class Case:
     is_neox: bool = False
     num_slots: int | None = None
     padding: int = 0
+    slot_tail: int = 0  # entries of slot_mapping behind the tokens': -1, or out of any range; nobody reads them
     row_pad: int = 0  # unused cache elements behind each row
     block_pad: int = 0  # unused cache elements behind each block
     q_shift: int = 0  # elements by which q_pe is moved off its alignment
@@ -73,6 +74,7 @@ class Inputs:
     kv_c_weight: torch.Tensor | None = None
     epsilon: float = 1e-6
     kv_c_normed_out: torch.Tensor | None = None
+    qkv_a: torch.Tensor | None = None
 
     def args(self) -> tuple:
         """In the order of the op, of the one with norm if there is a weight."""
@@ -124,6 +126,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     slots = torch.randperm(num_blocks * case.block_size, generator=generator)[:num_slots]
     if case.padding:
         slots[:: case.padding] = -1
+    slots = torch.cat([slots, torch.tensor([-1, 1 << 40]).repeat(case.slot_tail)[: case.slot_tail]])
     is_ds_mla = case.kv_cache_dtype == DS_MLA
     cache_dtype = torch.uint8 if is_ds_mla or case.kv_cache_dtype in FP8 else case.dtype
     cache_width = DS_MLA_ROW_BYTES if is_ds_mla else width
@@ -149,6 +152,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         query=query,
         kv_c_weight=randn(case.lora_rank) + 1 if case.norm else None,
         epsilon=case.epsilon,
+        qkv_a=qkv_a,
         kv_c_normed_out=torch.full_like(qkv_a[:, : case.lora_rank], float("nan")).contiguous() if case.norm else None,
     )
 
@@ -174,8 +178,13 @@ NORM_ERROR = 4e-6
 
 def rms_norm(inputs: Inputs) -> torch.Tensor:
     """RMSNorm of the latent in float64."""
-    x = inputs.kv_c.double()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + inputs.epsilon) * inputs.kv_c_weight.double()
+    return rms(inputs.kv_c, inputs.epsilon) * inputs.kv_c_weight.double()
+
+
+def rms(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """RMSNorm without weight in float64."""
+    x = x.double()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
 def quantise(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -205,7 +214,8 @@ def expected_cache(inputs: Inputs, k_pe_out: torch.Tensor, latent: torch.Tensor 
         rows = ds_mla_rows(latent, k_pe_out.squeeze(1))
     else:
         rows = quantise(torch.cat([latent, k_pe_out.squeeze(1)], -1), inputs)
-    for slot, row in zip(inputs.slot_mapping.tolist(), rows[: len(inputs.slot_mapping)], strict=True):
+    slots = inputs.slot_mapping[: len(rows)].tolist()
+    for slot, row in zip(slots, rows[: len(slots)], strict=True):
         if slot >= 0:
             cache[slot // cache.shape[1], slot % cache.shape[1]] = row
     return storage

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads the kernel's library once per process and gives `torch.ops.mla_fusion.concat_and_cache_mla_rope_fused`.
+"""Loads the kernel's library once per process and gives its ops, `torch.ops.mla_fusion.*`.
 
-That op does, for each of `num_tokens` tokens: rotate every head of `q_pe` and the one head of `k_pe` by the angles of
-the token's position, write the rotated key to `k_pe_out`, and write `[kv_c | rotated key]` into the token's row of the
-KV cache. Arguments, in order:
+`concat_and_cache_mla_rope_fused` does, for each of `num_tokens` tokens: rotate every head of `q_pe` and the one head of
+`k_pe` by the angles of the token's position, write the rotated key to `k_pe_out`, and write `[kv_c | rotated key]` into
+the token's row of the KV cache. Arguments, in order:
 
 - `positions` `[num_tokens]`, int64 or int32, contiguous; rows of `cos_sin_cache`.
 - `q_pe` `[num_tokens, num_heads, rot_dim]`, bfloat16, float16 or float32 (the activation dtype); any token and head
@@ -13,9 +13,9 @@ KV cache. Arguments, in order:
 - `cos_sin_cache` `[max_position, rot_dim]`, float32 or activation dtype: cosines in the first half of a row, sines in
   the second (vLLM's layout).
 - `is_neox`: pairs are `(i, i + rot_dim / 2)` if true (GPT-NeoX), else `(2i, 2i + 1)` (GPT-J).
-- `slot_mapping` `[num_slots]`, int64, `num_slots <= num_tokens`: the cache row of each token,
-  `block * block_size + row in the block`. A negative entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are
-  rotated for all tokens all the same.
+- `slot_mapping` `[num_slots]`, int64: the cache row of each token, `block * block_size + row in the block`. A negative
+  entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are rotated for all tokens all the same. Entries behind
+  the first `num_tokens` are not read.
 - `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]` (fp8_ds_mla: `[num_blocks, block_size, 656]`), any block
   and row stride. **Rows of the slots are written**, no other byte. An empty cache is not written.
 - `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache
@@ -32,10 +32,36 @@ KV cache. Arguments, in order:
 The norm is computed in float32 and rounded once after the multiplication by the weight, as vLLM's compiled graphs do;
 the order of the sum is our own, so that a value next to a rounding boundary may fall to its other side.
 
+Models with q-LoRA have a GEMM, `q_b`, between the latent's part and the query's; two ops take the place of the one:
+
+`norms_rope_concat_and_cache_mla`, before `q_b`, does what the former does for `k_pe` and `kv_c`, and the RMSNorm of the
+query's latent. Its arguments: `positions`, `q_c`, `q_c_weight`, `q_epsilon`, `k_pe`, `kv_c`, `kv_c_weight`,
+`kv_epsilon`, then from `cos_sin_cache` to `kv_cache_scale` as above, then
+
+- `q_c` `[num_tokens, q_lora_rank]`, activation dtype, any token stride: where it lies in the qkv_a output. Not
+  mutated. `q_c_weight` `[q_lora_rank]`, activation dtype.
+- `q_quant`: in which form `q_b` gets it. `none`: activation dtype. In float8_e4m3fn, by the rules of the vLLM ops:
+  `group`, a scale for each 128 values (`_C.rms_norm_per_block_quant`; `q_lora_rank` a multiple of 128); `group_ue8m0`,
+  the same with scales rounded up to powers of two (`_C.per_token_group_fp8_quant` with `scale_ue8m0`); `token`, a scale
+  for each row (`_C.rms_norm_dynamic_per_token_quant` without `scale_ub`); `static`, one given scale
+  (`_C.rms_norm_static_fp8_quant`). A scale is `max(largest magnitude, q_smallest) / 448`; values are divided by it,
+  with `static` multiplied by its reciprocal, rounded to nearest even and saturated.
+- `q_rounds_twice`: whether the normalised value is rounded to the activation dtype before the weight too, as all vLLM
+  ops named here and `_C.rms_norm` do, or once, as vLLM's compiled graphs do.
+- `q_smallest`: as what a group's or row's largest magnitude counts at least: `1 / 512` in the fused ops and in
+  `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`. Not read with `none`, `static`.
+- `q_static_scale`: one float32 on the device with `static`, else None.
+- `q_c_out` `[num_tokens, q_lora_rank]`, contiguous, activation dtype or float8_e4m3fn. **Every row is written.**
+- `q_scales_out`: float32 `[num_tokens, q_lora_rank / 128]` with `group` and `group_ue8m0`, `[num_tokens, 1]` with
+  `token`, of any strides (rows, columns, padded columns), **all written**, padding is not; else None.
+- `k_pe_out` and `kv_c_normed_out` as above.
+
+`rope_query(positions, q_pe, cos_sin_cache, is_neox)`, after `q_b`, rotates `q_pe` **in place** and does nothing else.
+
 The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock
-vLLM does. The op runs on the device and the current stream of `q_pe`, never synchronises, and can be captured in a CUDA
-graph. Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError with the
-argument, what was expected and what came, before anything is written.
+vLLM does. An op runs on the device and the current stream of `q_pe` (`q_c`), never synchronises, and can be captured
+in a CUDA graph. Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError
+with the argument, what was expected and what came, before anything is written.
 """
 
 from __future__ import annotations
@@ -71,6 +97,8 @@ def load() -> build.Target:
         ) from error
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
+    torch.library.register_fake(f"{NAMESPACE}::norms_rope_concat_and_cache_mla", _norms_fake)
+    torch.library.register_fake(f"{NAMESPACE}::rope_query", _rope_query_fake)
     return wanted
 
 
@@ -114,6 +142,20 @@ def norm_op() -> Any:
     return torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused.default
 
 
+@functools.cache
+def norms_op() -> Any:
+    """`mla_fusion::norms_rope_concat_and_cache_mla`, before `q_b`, as an OpOverload, loaded if need be."""
+    load()
+    return torch.ops.mla_fusion.norms_rope_concat_and_cache_mla.default
+
+
+@functools.cache
+def rope_query_op() -> Any:
+    """`mla_fusion::rope_query`, after `q_b`, as an OpOverload, loaded if need be."""
+    load()
+    return torch.ops.mla_fusion.rope_query.default
+
+
 def check_shapes(q_pe: torch.Tensor, k_pe_out: torch.Tensor) -> None:
     """What the fakes of all ops check."""
     torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
@@ -122,40 +164,34 @@ def check_shapes(q_pe: torch.Tensor, k_pe_out: torch.Tensor) -> None:
     torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
 
 
-def _fake(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    k_pe_out: torch.Tensor,
-) -> None:
-    check_shapes(q_pe, k_pe_out)
+# The fakes name what they look at; the outputs come last.
+def _fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
+    check_shapes(q_pe, rest[-1])
 
 
-def _norm_fake(
+def _norm_fake(positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, kv_c: torch.Tensor, *rest: Any) -> None:
+    k_pe_out, kv_c_normed_out = rest[-2:]
+    check_shapes(q_pe, k_pe_out)
+    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
+
+
+def _norms_fake(
     positions: torch.Tensor,
-    q_pe: torch.Tensor,
+    q_c: torch.Tensor,
+    q_c_weight: torch.Tensor,
+    q_epsilon: float,
     k_pe: torch.Tensor,
     kv_c: torch.Tensor,
-    kv_c_weight: torch.Tensor,
-    epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    k_pe_out: torch.Tensor,
-    kv_c_normed_out: torch.Tensor,
+    *rest: Any,
 ) -> None:
-    check_shapes(q_pe, k_pe_out)
-    torch._check(
-        kv_c_normed_out.shape == kv_c.shape,
-        lambda: f"kv_c_normed_out must be {tuple(kv_c.shape)}, got {tuple(kv_c_normed_out.shape)}",
-    )
+    q_c_out, _, _, kv_c_normed_out = rest[-4:]
+    _check_like("q_c_out", q_c_out, q_c)
+    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
+
+
+def _rope_query_fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
+    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
+
+
+def _check_like(name: str, out: torch.Tensor, of: torch.Tensor) -> None:
+    torch._check(out.shape == of.shape, lambda: f"{name} must be {tuple(of.shape)}, got {tuple(out.shape)}")

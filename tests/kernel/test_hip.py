@@ -26,10 +26,13 @@ NARROW_STORES = re.compile(r"global_store_(byte|short|b8|b16)\w*")
 STORES_8_BYTES = re.compile(r"global_store_(dwordx2|b64)\b")
 STORES_16_BYTES = re.compile(r"global_store_(dwordx4|b128)\b")
 VECTOR = re.compile(
-    r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELNS\w*?RowE(?P<row>[012])ELb(?P<norm>[01])E"
+    r"mla_rope_cache_vectorI\w+?Lb(?P<neox>[01])ELi(?P<heads>\d)ELNS\w*?RowE(?P<row>[0123])ELb(?P<norm>[01])E"
+    r"Li(?P<share>\d)E"
 )
 
-COPY, FP8, FP8_DS_MLA = "012"
+COPY, FP8, FP8_DS_MLA, NO_ROW = "0123"
+# The whole op; the query's norm, three shares of it; RoPE of the query alone.
+NUM_VECTOR_KERNELS = 36 + 3 * 5 + 8
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +58,10 @@ def vector_kernels(kernels: list[Kernel]) -> list[tuple[Kernel, re.Match[str]]]:
 def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
     """A vector kernel per activation type, pairing, heads per lane, kind of row and norm; a general one of every type.
 
-    fp8_ds_mla has vector kernels for bf16 and GPT-J only.
+    fp8_ds_mla has vector kernels for bf16 and GPT-J only, the query's norm for GPT-J only.
     """
     general = [kernel for kernel in kernels if "mla_rope_cache_general" in kernel.name]
-    assert (len(vector_kernels(kernels)), len(general), len(kernels)) == (36, 3, 39)
+    assert (len(vector_kernels(kernels)), len(general), len(kernels)) == (NUM_VECTOR_KERNELS, 3, NUM_VECTOR_KERNELS + 3)
     for kernel in kernels:
         assert len(kernel.instructions) > 100, kernel.name
 
@@ -68,18 +71,26 @@ def test_vector_kernels_access_whole_vectors(kernels: list[Kernel]) -> None:
 
 
 def check_wide_accesses(kernels: list[Kernel]) -> None:
-    """16 bytes of the latent, the norm's weight, cos and sin; of a head 16 (GPT-J) or 8 of each half (GPT-NeoX)."""
+    """16 bytes of the rows, the norms' weights, cos and sin; of a head 16 (GPT-J) or 8 of each half (GPT-NeoX)."""
     for kernel, arguments in vector_kernels(kernels):
         code = "\n".join(kernel.instructions)
         norm, row, is_neox = int(arguments["norm"]), arguments["row"], arguments["neox"] == "1"
+        has_row, has_heads, share = row != NO_ROW, arguments["heads"] != "0", int(arguments["share"])
         # Query and key; in the cache fp8 is half as wide.
-        head_stores = 2 + (row != FP8)
-        latent_stores = norm + (row == COPY)
+        heads = has_heads + has_row
+        head_stores = heads + (has_row and row != FP8)
+        latent_stores = has_row * (norm + (row == COPY))
+        # Angles, heads, the latent and its weight; the query's row and, of what is shared out, the weight.
+        loads = (heads if is_neox else 2 * heads) + has_row * (1 + norm) + (8 + share if share else 0)
         if is_neox:
-            assert len(LOADS_8_BYTES.findall(code)) >= 2 * 2, kernel.name
+            assert len(LOADS_8_BYTES.findall(code)) >= 2 * heads, kernel.name
             assert len(STORES_8_BYTES.findall(code)) >= 2 * head_stores, kernel.name
-        assert len(LOADS_16_BYTES.findall(code)) >= (3 if is_neox else 5) + norm, kernel.name
-        assert len(STORES_16_BYTES.findall(code)) >= latent_stores + (0 if is_neox else head_stores), kernel.name
+        assert len(LOADS_16_BYTES.findall(code)) >= loads, kernel.name
+        # With a scale of the whole row it is fp8 only.
+        query_stores = share if share < 8 else 0
+        assert len(STORES_16_BYTES.findall(code)) >= latent_stores + query_stores + (0 if is_neox else head_stores), (
+            kernel.name
+        )
         assert not NARROW_STORES.findall(code), kernel.name
 
 
@@ -100,12 +111,13 @@ def test_the_scales_reciprocal_is_correctly_rounded(kernels: list[Kernel]) -> No
     """What the quotients are corrected from; the compiler could have taken the hardware's approximation."""
     for kernel, arguments in vector_kernels(kernels):
         divisions = [line for line in kernel.instructions if line.startswith("v_div_fixup_f32")]
-        assert bool(divisions) is (arguments["row"] != COPY), kernel.name
+        is_quantised = arguments["row"] in (FP8, FP8_DS_MLA) or arguments["share"] != "0"
+        assert bool(divisions) is is_quantised, kernel.name
 
 
 def test_waves_of_32(hipified: list[Path], libraries: Path) -> None:
     kernels = [kernel for source in hipified for kernel in kernels_of(assembly(source, WAVE32_ARCH, libraries))]
-    assert len(vector_kernels(kernels)) == 36
+    assert len(vector_kernels(kernels)) == NUM_VECTOR_KERNELS
     assert {kernel.resources["wavefront_size"] for kernel in kernels} == {"32"}
     check_wide_accesses(kernels)
     test_no_spills(kernels)
@@ -146,7 +158,7 @@ assert_within_one_rounding(result.q_pe, rotate(inputs.q_pe, inputs))
 
 def run_build(environment: dict[str, str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     cache = {"MLA_FUSION_CACHE_DIR": str(tmp_path / "cache"), "MLA_FUSION_ARCH": "gfx942"}
-    paths = [environment["PYTHONPATH"], str(Path(__file__).parent)]
+    paths = [environment["PYTHONPATH"], str(Path(__file__).parents[1])]
     variables = os.environ | environment | cache | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", BUILD_AND_RUN], env=variables, capture_output=True, text=True)
 

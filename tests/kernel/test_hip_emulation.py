@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import pytest
 import test_fp8_formats
 import test_kernel
+import test_query_norm
 import torch
 from hip_build import Emulation, build_emulation
 from reference import Case
@@ -52,6 +53,8 @@ def emulated(request: pytest.FixtureRequest, emulation: Emulation, monkeypatch: 
     emulation.configure(*request.param)
     monkeypatch.setattr(kernel, "op", lambda: emulation.op("concat_and_cache_mla_rope_fused"))
     monkeypatch.setattr(kernel, "norm_op", lambda: emulation.op("norm_concat_and_cache_mla_rope_fused"))
+    monkeypatch.setattr(kernel, "norms_op", lambda: emulation.op("norms_rope_concat_and_cache_mla"))
+    monkeypatch.setattr(kernel, "rope_query_op", lambda: emulation.op("rope_query"))
 
 
 @pytest.mark.usefixtures("emulated")
@@ -78,3 +81,21 @@ def test_ds_mla_tiles_of_all_magnitudes() -> None:
 @pytest.mark.usefixtures("emulated")
 def test_offsets_beyond_int32() -> None:
     test_kernel.test_offsets_beyond_int32("cpu")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("query", test_query_norm.QUERIES, ids=lambda query: query.name)
+def test_before_q_b(query: test_query_norm.Query) -> None:
+    test_query_norm.test_before_q_b(query, "cpu")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_the_batch_changes_no_row() -> None:
+    for quant in ("none", "group", "token"):
+        test_query_norm.test_the_batch_changes_no_row(quant, "cpu")
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("case", test_query_norm.ROPE_CASES, ids=lambda case: case.name)
+def test_after_q_b(case: Case) -> None:
+    test_query_norm.test_after_q_b(case, "cpu")

@@ -32,6 +32,7 @@ CASES = [
     V3_RANK.but(num_heads=128),
     V2_LITE.but(num_tokens=1),
     V2_LITE.but(num_tokens=1, num_heads=1),
+    V2_LITE.but(num_heads=0),
     V2_LITE.but(num_tokens=2500),  # fills a GPU: several heads per lane
     V2_LITE.but(num_tokens=2500, is_neox=True, num_heads=5),
     V3_RANK.but(num_tokens=300, num_heads=128, padding=3),  # the same, and several blocks of a token
@@ -42,6 +43,8 @@ CASES = [
     V3_RANK.but(cos_sin_pad=8, key_extra=24),
     V3_RANK.but(cos_sin_pad=1, key_extra=3, kv_cache_dtype="fp8"),
     V2_LITE.but(num_slots=20, padding=4),
+    V2_LITE.but(slot_tail=27, padding=4),
+    V3_RANK.but(slot_tail=1, kv_cache_dtype="fp8", row_pad=3),
     V2_LITE.but(num_slots=0),
     V2_LITE.but(num_slots=0, kv_cache_dtype="fp8"),
     V2_LITE.but(num_slots=0, kv_cache_dtype="fp8", rot_dim=30),
@@ -90,6 +93,7 @@ DS_MLA_CASES = [
 ]
 NORM_CASES = [
     V2_LITE.but(norm=True, padding=3),
+    V2_LITE.but(norm=True, slot_tail=3),
     V3_RANK.but(norm=True, num_slots=10),
     V2_LITE.but(norm=True, epsilon=0.5),
     V2_LITE.but(norm=True, num_tokens=2500, kv_cache_dtype="fp8"),
@@ -273,6 +277,7 @@ BAD = {
     "k_pe must be": lambda i: setattr(i, "k_pe", i.k_pe[:-1]),
     "k_pe must have dtype bfloat16, got float32": lambda i: setattr(i, "k_pe", i.k_pe.float()),
     "kv_c must be": lambda i: setattr(i, "kv_c", i.kv_c[:-1]),
+    "kv_c must have at least one column": lambda i: setattr(i, "kv_c", i.kv_c[:, :0]),
     "kv_c must have a contiguous last dimension": lambda i: setattr(i, "kv_c", i.kv_c.t().contiguous().t()),
     "q_pe must have a contiguous last dimension": lambda i: setattr(i, "q_pe", i.query.view(37, 16, 192)[..., ::3]),
     "k_pe must have a contiguous last dimension": lambda i: setattr(i, "k_pe", torch.cat([i.k_pe] * 2, -1)[..., ::2]),
@@ -285,7 +290,6 @@ BAD = {
     "cos_sin_cache must be": lambda i: setattr(i, "cos_sin_cache", i.cos_sin_cache[:, :32]),
     "cos_sin_cache must have dtype": lambda i: setattr(i, "cos_sin_cache", i.cos_sin_cache.half()),
     "slot_mapping must have dtype int64, got int32": lambda i: setattr(i, "slot_mapping", i.slot_mapping.int()),
-    "slot_mapping must have at most": lambda i: setattr(i, "slot_mapping", torch.zeros(99, dtype=torch.int64)),
     r"slot_mapping\[0\] must be below": lambda i: i.slot_mapping.fill_(1 << 40),
     "kv_cache must be": lambda i: setattr(i, "kv_cache", i.kv_cache[..., :-1]),
     "kv_cache must have dtype bfloat16": lambda i: setattr(i, "kv_cache", i.kv_cache.float()),

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import itertools
 import json
 import math
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,40 +22,11 @@ from typing import Any
 import torch
 
 from vllm_mla_fusion import __version__, kernel
-from vllm_mla_fusion.host import cache_writer, support
+from vllm_mla_fusion.host import support
+from vllm_mla_fusion.tools import bench_cells
+from vllm_mla_fusion.tools.bench_cells import HEADS, KV_CACHE_DTYPES, TOKENS, VARIANT_HEADS, VARIANT_TOKENS, WHOLE, Cell
 
-TOKENS = (1, 8, 64, 256, 1024, 4096, 8192)
-HEADS = (16, 128)
-VARIANT_TOKENS, VARIANT_HEADS = (64, 4096), (16,)
-KV_CACHE_DTYPES = ("auto", "fp8")
-ROT_DIM, LORA_RANK, NOPE_DIM, Q_LORA_RANK, BLOCK_SIZE = 64, 512, 128, 1536, 64
 _MAX_CALLS, _MIN_CALLS, _MAX_SETS, _MAX_BYTES = 200, 20, 64, 8 << 30
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination that is timed."""
-
-    num_tokens: int
-    num_heads: int
-    kv_cache_dtype: str = "auto"
-    dtype: torch.dtype = torch.bfloat16
-    cos_sin_dtype: torch.dtype = torch.bfloat16
-    is_neox: bool = False
-    norm: bool = False
-
-    @property
-    def bytes_moved(self) -> int:
-        """Each input read once and each output written once."""
-        act = self.dtype.itemsize
-        cache = act if self.kv_cache_dtype == "auto" else 1
-        query = 2 * self.num_heads * ROT_DIM * act
-        key = 2 * ROT_DIM * act
-        latent = LORA_RANK * act
-        row = (LORA_RANK + ROT_DIM) * cache
-        indices = 16 + ROT_DIM * self.cos_sin_dtype.itemsize
-        normed = LORA_RANK * act if self.norm else 0
-        return self.num_tokens * (query + key + latent + row + indices + normed)
 
 
 @dataclass
@@ -70,8 +40,9 @@ class Row:
 
     @property
     def times_as_fast(self) -> float | None:
-        """Stock fused over ours."""
-        return self.stock_fused / self.ours if self.stock_fused else None
+        """Stock over ours: its fused op, or, for work that it has no fused op for, its kernels for that."""
+        stock = self.stock_fused if self.cell.work == WHOLE else self.stock_unfused
+        return stock / self.ours if stock else None
 
     def bandwidth_share(self, copy_bandwidth: float) -> float:
         return self.cell.bytes_moved / (self.ours * 1e-6) / copy_bandwidth
@@ -87,76 +58,6 @@ class Report:
     floor: float
     copy_bandwidth: float
     rows: list[Row] = field(default_factory=list)
-
-
-def _sets(cell: Cell, count: int, device: str) -> Iterator[dict[str, torch.Tensor]]:
-    generator = torch.Generator(device).manual_seed(0)
-    tokens, act = cell.num_tokens, cell.dtype
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32, generator=generator).to(act)
-
-    max_position = 8192
-    angles = torch.rand(max_position, ROT_DIM // 2, device=device, generator=generator) * 6.3
-    cos_sin_cache = torch.cat([angles.cos(), angles.sin()], -1).to(cell.cos_sin_dtype)
-    cache_dtype = act if cell.kv_cache_dtype == "auto" else torch.uint8
-    weight = randn(LORA_RANK)
-    for _ in range(count):
-        num_blocks = math.ceil(tokens / BLOCK_SIZE) + 1
-        slots = torch.randperm(num_blocks * BLOCK_SIZE, device=device, generator=generator)[:tokens]
-        qkv_a = randn(tokens, Q_LORA_RANK + LORA_RANK + ROT_DIM)
-        yield {
-            "positions": torch.randint(max_position, (tokens,), device=device, generator=generator),
-            "q_pe": randn(tokens, cell.num_heads, NOPE_DIM + ROT_DIM)[..., NOPE_DIM:],
-            "k_pe": qkv_a[:, Q_LORA_RANK + LORA_RANK :].unsqueeze(1),
-            "kv_c": qkv_a[:, Q_LORA_RANK : Q_LORA_RANK + LORA_RANK],
-            "cos_sin_cache": cos_sin_cache,
-            "slots": slots,
-            "kv_cache": torch.zeros(num_blocks, BLOCK_SIZE, LORA_RANK + ROT_DIM, device=device, dtype=cache_dtype),
-            "scale": torch.tensor(0.37, device=device),
-            "k_pe_out": torch.empty(tokens, 1, ROT_DIM, device=device, dtype=act),
-            "weight": weight,
-            "kv_c_normed_out": torch.empty(tokens, LORA_RANK, device=device, dtype=act),
-        }
-
-
-def _ours(cell: Cell) -> Callable[[dict[str, torch.Tensor]], None]:
-    op = kernel.norm_op() if cell.norm else kernel.op()
-
-    def call(s: dict[str, torch.Tensor]) -> None:
-        norm = (s["weight"], 1e-6) if cell.norm else ()
-        outputs = (s["k_pe_out"], s["kv_c_normed_out"]) if cell.norm else (s["k_pe_out"],)
-        inputs = (s["positions"], s["q_pe"], s["k_pe"], s["kv_c"], *norm, s["cos_sin_cache"], cell.is_neox)
-        op(*inputs, s["slots"], s["kv_cache"], cell.kv_cache_dtype, s["scale"], *outputs)
-
-    return call
-
-
-def _stock_kernels() -> Any | None:
-    try:
-        return cache_writer.stock_kernels()
-    except ImportError:
-        return None
-
-
-def _stock_fused(cell: Cell, ops: Any) -> Callable[[dict[str, torch.Tensor]], None]:
-    def call(s: dict[str, torch.Tensor]) -> None:
-        ops.concat_and_cache_mla_rope_fused(
-            s["positions"], s["q_pe"], s["k_pe"].squeeze(1), s["kv_c"], s["cos_sin_cache"], cell.is_neox, s["slots"],
-            s["kv_cache"], cell.kv_cache_dtype, s["scale"],
-        )  # fmt: skip
-
-    return call
-
-
-def _stock_unfused(cell: Cell, ops: Any) -> Callable[[dict[str, torch.Tensor]], None]:
-    def call(s: dict[str, torch.Tensor]) -> None:
-        ops.rotary_embedding(s["positions"], s["q_pe"], s["k_pe"], ROT_DIM, s["cos_sin_cache"], cell.is_neox)
-        ops.concat_and_cache_mla(
-            s["kv_c"], s["k_pe"].squeeze(1), s["kv_cache"], s["slots"], cell.kv_cache_dtype, s["scale"]
-        )
-
-    return call
 
 
 def _time(calls: Sequence[Callable[[], object]], replays: int) -> float:
@@ -198,18 +99,16 @@ def measure_cell(cell: Cell, replays: int) -> Row:
     count = min(
         _MAX_SETS, max(2, math.ceil(3 * l2_bytes / cell.bytes_moved)), max(2, _MAX_BYTES // (6 * cell.bytes_moved))
     )
-    sets = list(_sets(cell, count, "cuda"))
+    sets = list(bench_cells.sets(cell, count, "cuda"))
     num_calls = max(_MIN_CALLS, min(_MAX_CALLS, 4 * count))
 
-    def time(function: Callable[[dict[str, torch.Tensor]], None]) -> float:
+    def time(function: bench_cells.TimedCall) -> float:
         return _time([lambda s=sets[i % count]: function(s) for i in range(num_calls)], replays)  # type: ignore[misc]
 
-    row = Row(cell, time(_ours(cell)))
-    ops = _stock_kernels()
-    if ops is not None and cell.cos_sin_dtype == cell.dtype and not cell.norm:
-        row.stock_unfused = time(_stock_unfused(cell, ops))
-        if hasattr(torch.ops._C_cache_ops, "concat_and_cache_mla_rope_fused"):
-            row.stock_fused = time(_stock_fused(cell, ops))
+    row = Row(cell, time(bench_cells.ours(cell)))
+    ops = bench_cells.stock_kernels()
+    for column, call in (bench_cells.stock(cell, ops) if ops is not None else {}).items():
+        setattr(row, column, time(call))
     return row
 
 
@@ -223,7 +122,7 @@ def run(cells: list[Cell], replays: int, say: Callable[[str], None] = print) -> 
         raise RuntimeError("The benchmark needs a CUDA or ROCm GPU that torch can see; run `vllm-mla-fusion doctor`.")
     kernel.load()
     versions = {"vllm-mla-fusion": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if _stock_kernels() is not None:
+    if bench_cells.stock_kernels() is not None:
         versions["vllm"] = support.installed_vllm_version()
     report = Report(torch.cuda.get_device_name(), versions, replays, _floor(replays), _copy_bandwidth(replays))
     copy = report.copy_bandwidth / 1e12
@@ -234,22 +133,7 @@ def run(cells: list[Cell], replays: int, say: Callable[[str], None] = print) -> 
     return report
 
 
-def grid(tokens: Sequence[int] = TOKENS, heads: Sequence[int] = HEADS) -> list[Cell]:
-    """The cells of the README's table, or those of other sizes."""
-    return [Cell(t, h, d) for d in KV_CACHE_DTYPES for h in heads for t in tokens]
-
-
-def variants(tokens: Sequence[int] = VARIANT_TOKENS, heads: Sequence[int] = VARIANT_HEADS) -> list[Cell]:
-    """The other pairings and types, each at each size."""
-    cells = []
-    for t, h in itertools.product(tokens, heads):
-        cells += [Cell(t, h), Cell(t, h, is_neox=True), Cell(t, h, dtype=torch.float16, cos_sin_dtype=torch.float16)]
-        cells += [Cell(t, h, cos_sin_dtype=torch.float32), Cell(t, h, "fp8"), Cell(t, h, "fp8_e5m2")]
-        cells += [Cell(t, h, norm=True), Cell(t, h, "fp8", norm=True)]
-    return cells
-
-
-_RATIO = "times as fast as fused"
+_RATIO = "times as fast as stock's"
 _HEADER = ("tokens", "heads", "KV", "variant", "stock unfused", "stock fused", "ours", _RATIO, "of copy")
 
 
@@ -263,6 +147,10 @@ def _cells(row: Row, report: Report) -> tuple[str, ...]:
         variant.append("fp32 cos/sin")
     if cell.norm:
         variant.append("with norm")
+    if cell.work != WHOLE:
+        variant.append(cell.work)
+    if cell.q_quant != "none":
+        variant.append(f"{cell.q_quant} fp8")
     share = f"{row.bandwidth_share(report.copy_bandwidth):.0%}"
     return (
         str(cell.num_tokens), str(cell.num_heads), cell.kv_cache_dtype, " ".join(variant),
@@ -300,7 +188,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """The report with what follows from it: the ratio and the share of the copy bandwidth per row, the mean ratio."""
     data = asdict(report) | {"geometric_mean": geometric_mean(report)}
     for row, found in zip(report.rows, data["rows"], strict=True):
-        found["times_as_fast_as_fused"] = row.times_as_fast
+        found["times_as_fast_as_stock"] = row.times_as_fast
         found["of_copy_bandwidth"] = row.bandwidth_share(report.copy_bandwidth)
     return data
 
@@ -351,8 +239,8 @@ def _no_plot(options: argparse.Namespace) -> str:
     """Why there will be no plot; empty if there will be one."""
     if options.no_plot:
         return "--no-plot"
-    if options.variants:
-        return "it shows sizes, not --variants; the table has them"
+    if options.variants or options.around_q_b:
+        return "it shows the whole op's sizes; the table has the rest"
     if importlib.util.find_spec("matplotlib") is None:
         return "it needs matplotlib: pip install 'vllm-mla-fusion[bench]'"
     return ""
@@ -365,13 +253,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--heads", type=_positive, nargs="+", help=f"default: {HEADS}; variants {VARIANT_HEADS}")
     parser.add_argument("--variants", action="store_true", help="time the other pairings and types instead of the grid")
     parser.add_argument(
+        "--around-q-b", action="store_true", help="time the ops of models with q-LoRA instead of the grid"
+    )
+    parser.add_argument(
         "--replays", type=_positive, default=30, help="graph replays per figure, of which the median is taken"
     )
     parser.add_argument("--out", type=Path, help="folder for kernel.md, kernel.json and kernel.png")
     parser.add_argument("--no-plot", action="store_true", help="do without matplotlib")
     options = parser.parse_args(arguments)
     sizes = {name: value for name in ("tokens", "heads") if (value := getattr(options, name))}
-    cells = variants(**sizes) if options.variants else grid(**sizes)
+    choose = bench_cells.variants if options.variants else bench_cells.grid
+    cells = (bench_cells.around_q_b if options.around_q_b else choose)(**sizes)
     no_plot = _no_plot(options)
     if options.out and no_plot:
         print(f"There will be no kernel.png: {no_plot}.")
