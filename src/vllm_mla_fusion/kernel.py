@@ -47,11 +47,11 @@ import torch
 
 from vllm_mla_fusion import activation
 from vllm_mla_fusion.jit import build, target
+from vllm_mla_fusion.jit.explain import load_remedy
 
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
 FAILURE_LASTS_SECONDS = 120.0
-LOAD_REMEDY = "Run `vllm-mla-fusion clean`, then `vllm-mla-fusion build`, on this machine or in the image that serves."
 
 
 @functools.cache
@@ -66,9 +66,8 @@ def load() -> build.Target:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        raise build.BuildError(
-            f"The built kernel {library} does not load: {error.__cause__ or error}", LOAD_REMEDY
-        ) from error
+        said = str(error.__cause__ or error)
+        raise build.BuildError(f"The built kernel {library} does not load: {said}", load_remedy(said)) from error
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
     return wanted
@@ -78,19 +77,36 @@ def _say(message: str) -> None:
     activation.logger.info("MLA fusion: %s", message)
 
 
-@functools.cache
 def failure() -> str | None:
-    """Why the library cannot be used in this process; None if it is loaded and fits the GPUs.
+    """Why the library cannot be used in this process; None if it is loaded and fits the GPU.
 
-    Asked again it answers the same.
+    Asked again it answers the same, but for a process that chooses its device meanwhile, which is judged by that.
     """
+    return loading_failure() or _misfit(None if target.chosen_arch() is None else _first_chosen_arch())
+
+
+@functools.cache
+def loading_failure() -> str | None:
+    """Why the library cannot be built or loaded."""
     try:
-        reason = target.misfit(load())
+        load()
     except build.BuildError as error:
         return str(error)
     except Exception as error:
         # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _first_chosen_arch() -> str | None:
+    """Of the device that the process chose first: another thread may be on CUDA's default."""
+    return target.chosen_arch()
+
+
+@functools.cache
+def _misfit(chosen: str | None) -> str | None:
+    reason = target.misfit(load(), chosen)
     return reason and f"The kernel does not fit: {reason}"
 
 

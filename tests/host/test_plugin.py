@@ -475,14 +475,14 @@ def test_library_that_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("registered twice")
 
     monkeypatch.setattr(kernel, "load", load)
-    kernel.failure.cache_clear()
+    kernel.loading_failure.cache_clear()
     try:
         assert kernel.failure() == kernel.failure_in_short() == "RuntimeError: registered twice"
         monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
         identity.expect_kernel()
         assert identity.compile_cache_key().startswith("unavailable:")
     finally:
-        kernel.failure.cache_clear()
+        kernel.loading_failure.cache_clear()
 
 
 def test_version_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

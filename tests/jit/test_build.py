@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
@@ -19,70 +18,18 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_build import CPU, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
 
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.jit import build, cache, compiling, toolchain
 from vllm_mla_fusion.jit.build import BuildError, Target
 
-CPU = Target("cpu")
 FORK = multiprocessing.get_context("fork")
 REAL_CSRC = build.csrc_dir()
-SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
-
-
-@pytest.fixture(autouse=True)
-def csrc(tmp_path, monkeypatch) -> Path:
-    """A csrc/ that compiles in a moment, and an empty cache directory."""
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    write_sources(folder)
-    for module in (build, compiling):
-        monkeypatch.setattr(module, "csrc_dir", lambda: folder)
-    monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLA_FUSION_ARCH", raising=False)
-    return folder
-
-
-@pytest.fixture
-def root() -> Path:
-    return build.cache_dir()
-
-
-@pytest.fixture(scope="module")
-def prebuilt(tmp_path_factory) -> Path:
-    """A cache with a finished build of the tiny csrc/, compiled once for all tests that only need one."""
-    csrc, root = tmp_path_factory.mktemp("csrc"), tmp_path_factory.mktemp("prebuilt")
-    write_sources(csrc)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLA_FUSION_CACHE_DIR", str(root))
-        for module in (build, compiling):
-            patch.setattr(module, "csrc_dir", lambda: csrc)
-        build.build(CPU)
-    return root
-
-
-@pytest.fixture
-def library(root, prebuilt) -> Path:
-    """The finished library in this test's own cache."""
-    shutil.copytree(prebuilt, root)
-    return build.library_path(CPU)
-
-
-def write_sources(folder: Path) -> None:
-    (folder / "answer.cpp").write_text(SOURCE)
-    (folder / "answer.h").write_text("#define ANSWER 42\n")
-
-
-def answer(library: Path) -> int:
-    return ctypes.CDLL(str(library)).answer()
-
-
-def leftovers(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir() if path.name.startswith(cache.WORK_DIRS)]
+pytestmark = pytest.mark.usefixtures("csrc")
 
 
 def prebuild(root: Path, target: Target, sources: str | None = None) -> Path:
@@ -108,25 +55,6 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def tool_folder(folder: Path, *names: str) -> Path:
-    """A directory for PATH that holds links to these tools only."""
-    folder.mkdir()
-    for name in names:
-        (folder / name).symlink_to(shutil.which(name))
-    return folder
-
-
-def fake_compiler(folder: Path, version: str) -> Path:
-    """g++ that says it is of ``version``."""
-    folder.mkdir(exist_ok=True)
-    script = folder / "c++"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo "c++ {version}" && exit\nexec {shutil.which("g++")} "$@"\n'
-    )
-    script.chmod(0o755)
-    return script
-
-
 @pytest.fixture
 def gate(tmp_path, monkeypatch) -> Path:
     """A file that is not there yet; until it is, the compiler waits, and says so by `gate.reached`."""
@@ -138,23 +66,13 @@ def gate(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def soon(condition: Callable[[], object], seconds: float = 300) -> bool:
-    """Whether it comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def nothing_may_run(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError(f"a finished build ran or locked something: {args}")
 
     monkeypatch.setattr("subprocess.run", refuse)
     monkeypatch.setattr("subprocess.Popen", refuse)
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
 
 
 # ---- build, find again ----------------------------------------------------------------------------------------------

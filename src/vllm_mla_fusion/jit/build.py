@@ -8,7 +8,6 @@ so are the compilers. On a machine without compilers every finished build of the
 A build for more architectures than are wanted serves too.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from vllm_mla_fusion import __version__
-from vllm_mla_fusion.jit import toolchain
+from vllm_mla_fusion.jit import failures, toolchain
 from vllm_mla_fusion.jit.cache import (
-    FAILURE_LOG,
     build_lock,
     builds,
     cache_dir,
+    check_executable,
     check_private,
     explain_os_errors,
     make_private,
@@ -38,13 +37,13 @@ from vllm_mla_fusion.jit.compiling import (
     LIBRARY,
     LINK_FLAGS,
     CompileFailed,
-    compile_error,
     compile_sources,
     csrc_dir,
     cxx_flags,
     device_flags,
 )
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.host_compiler import compiler_fault
 from vllm_mla_fusion.jit.target import Backend, Target, detect_target
 from vllm_mla_fusion.jit.toolchain import Toolchain, check_torch, find_toolchain
 
@@ -113,13 +112,14 @@ def build(
         return finished
     tools = _tools_or_explain(target)
     root = make_private(cache_dir())
+    check_executable(root)
     with explain_os_errors(root), build_lock(root, say) as waited_since:
         finished = _find_finished(target)
         if finished:
             return finished
         compilers = tools.versions()
         final = root / f"{target}-{_sources_digest(target)}-{_digest(compilers, 8)}"
-        _raise_known_failure(_failure_log(final), waited_since, failure_lasts)
+        failures.raise_known(final, waited_since, failure_lasts)
         sweep(root)
         return _build_locked(final, target, tools, compilers, say, progress)
 
@@ -152,20 +152,29 @@ def _build_locked(
             "seconds": round(time.monotonic() - began, 1),
         }
         _write_synced(result / "manifest.json", json.dumps(manifest, indent=1))
-        if final.exists():
-            say(f"replacing {final}: {_flaw(final)}")
-            os.replace(final, work / "damaged")
-        os.replace(result, final)
+        _put_in_place(result, final, work, say)
     except CompileFailed as failure:
-        log = _failure_log(final)
-        with contextlib.suppress(OSError):
-            log.write_text(failure.output)
-        raise compile_error(failure.output, log) from None
+        raise failures.remember(final, failure.output, compiler_fault(tools.cxx)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _failure_log(final).unlink(missing_ok=True)
+    failures.failure_log(final).unlink(missing_ok=True)
     say(f"built {final / LIBRARY} in {time.monotonic() - began:.1f} s")
     return final / LIBRARY
+
+
+def _put_in_place(result: Path, final: Path, work: Path, say: Callable[[str], None]) -> None:
+    """Renames the finished directory, unless another host, whose lock is not seen here, was faster."""
+    if final.exists():
+        flaw = _flaw(final)
+        if flaw is None:
+            return
+        say(f"replacing {final}: {flaw}")
+        os.replace(final, work / "damaged")
+    try:
+        os.replace(result, final)
+    except OSError:
+        if _flaw(final) is not None:
+            raise
 
 
 def _tools_or_explain(target: Target) -> Toolchain:
@@ -182,18 +191,6 @@ def _tools_or_explain(target: Target) -> Toolchain:
             f"{error.remedy} Or run `{prebuild}` where all is there, with the same torch, and copy its cache "
             f"directory (~/.cache/vllm-mla-fusion) to {cache_dir()} here.",
         ) from None
-
-
-def _failure_log(final: Path) -> Path:
-    return final.with_name(f"{final.name}{FAILURE_LOG}")
-
-
-def _raise_known_failure(log: Path, waited_since: float | None, failure_lasts: float) -> None:
-    """Reports a failure that this process waited for, or that is young enough, instead of repeating it."""
-    now = time.time()
-    if log.exists() and min(waited_since or now, now - failure_lasts) <= log.stat().st_mtime < now:
-        error = compile_error(log.read_text(), log)
-        raise BuildError(error.problem, f"{error.remedy} `vllm-mla-fusion build` tries again at once.")
 
 
 # ---- finished builds ------------------------------------------------------------------------------------------------

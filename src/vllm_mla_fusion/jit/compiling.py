@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a copy of csrc/ in a child process and tells what the compiler said."""
+"""Compiles a copy of csrc/ in a child process."""
 
 import contextlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from vllm_mla_fusion.jit import toolchain
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.host_compiler import child_variables, write_wrapper
 from vllm_mla_fusion.jit.target import Target
 from vllm_mla_fusion.jit.toolchain import Toolchain
 
@@ -52,10 +52,14 @@ BACKEND_DEFINES = {
     "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM", "-DUSE_CUDA"),
 }
 LINK_FLAGS = ("-Wl,--as-needed",)
+# torch knows its compilers by their names.
+CXX_WRAPPER = Path("c++")
+HOST_WRAPPER = Path("host/c++")
 
 
-ERROR_LINE = re.compile(r"error\b|undefined reference|cannot find|not found|No space left|Killed|fatal", re.IGNORECASE)
-COMMAND_LINE = re.compile(r"^\[\d+/\d+\]|^\s*raise |^\s*File \"|^Traceback|CalledProcessError|^ninja: |^FAILED: ")
+# A path of other characters means something to ninja, a shell or nvcc, in which torch puts it unquoted.
+PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+@-]*")
+OWN_DIRECTORY = Path("/proc/self/cwd")
 
 
 def csrc_dir() -> Path:
@@ -97,23 +101,37 @@ def device_flags(target: Target) -> list[str]:
 
 def compile_sources(work: Path, target: Target, tools: Toolchain, progress: Callable[[int, int], None] | None) -> str:
     """Compiles a copy of csrc/ in ``work`` to ``work/mla_fusion.so``; returns the compilers' output."""
-    sources = _copy_sources(work / "csrc", target)
+    place = _name_in_commands(work)
+    sources = [place / path.relative_to(work) for path in _copy_sources(work / "csrc", target)]
     job = {
         "name": NAME,
         "sources": [str(path) for path in sources],
-        "build_directory": str(work),
-        "extra_include_paths": [str(work / "csrc")],
+        "build_directory": str(place),
+        "extra_include_paths": [str(place / "csrc")],
         "extra_cflags": cxx_flags(target),
-        "extra_cuda_cflags": [*device_flags(target), *_toolkit_flags(tools)],
+        "extra_cuda_cflags": [*device_flags(target), *_toolkit_flags(place, tools)],
         "extra_ldflags": [*LINK_FLAGS, *_runtime_link(work, tools)],
         "with_cuda": target.backend != "cpu",
     }
     (work / "job.json").write_text(json.dumps(job))
     (work / "tmp").mkdir()
+    _write_wrappers(work, tools)
     output, status = _run_job(work, _child_environment(work, target, tools), progress)
     if status:
         raise CompileFailed(output)
     return output
+
+
+def _name_in_commands(work: Path) -> Path:
+    """``work``, or another name for it that needs no quotes in its own processes, all of which run in it."""
+    return work if PLAIN_PATH.fullmatch(str(work)) else OWN_DIRECTORY
+
+
+def _write_wrappers(work: Path, tools: Toolchain) -> None:
+    write_wrapper(work / CXX_WRAPPER, tools.cxx)
+    if tools.host:
+        (work / HOST_WRAPPER).parent.mkdir()
+        write_wrapper(work / HOST_WRAPPER, tools.host)
 
 
 def _copy_sources(into: Path, target: Target) -> list[Path]:
@@ -128,13 +146,9 @@ def _copy_sources(into: Path, target: Target) -> list[Path]:
     return sorted(path for path in into.rglob("*") if path.suffix in suffixes)
 
 
-def _toolkit_flags(tools: Toolchain) -> list[str]:
-    if tools.toolkit is None or tools.toolkit.compiler.name != "nvcc":
-        return []
-    flags = []
-    if not os.environ.get("CC") and len(shlex.split(tools.cxx)) == 1:
-        flags.append(f"-ccbin={tools.cxx}")
-    if tools.toolkit.from_pip:
+def _toolkit_flags(place: Path, tools: Toolchain) -> list[str]:
+    flags = [f"-ccbin={place / HOST_WRAPPER}"] if tools.host else []
+    if tools.toolkit and tools.toolkit.from_pip:
         # pip resolves nvcc and the CUDA headers to different minor versions, which CCCL refuses by default.
         flags.append("-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK")
     return flags
@@ -150,15 +164,16 @@ def _runtime_link(work: Path, tools: Toolchain) -> list[str]:
     folder = work / "link"
     folder.mkdir()
     (folder / "libcudart.so").symlink_to(library)
-    return [f"-L{folder}"]
+    return [f"-L{_name_in_commands(work) / 'link'}"]
 
 
 def _child_environment(work: Path, target: Target, tools: Toolchain) -> dict[str, str]:
+    place = _name_in_commands(work)
     environment = {
-        **os.environ,
+        **child_variables(),
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
-        "CXX": tools.cxx,
-        "TMPDIR": str(work / "tmp"),
+        "CXX": str(place / CXX_WRAPPER),
+        "TMPDIR": str(place / "tmp"),
         "LC_ALL": "C",
         "PYTORCH_ROCM_ARCH": ";".join(target.archs) if target.backend == "rocm" else "",
         # The child needs no GPU, and must not take a context on one.
@@ -176,7 +191,7 @@ def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, i
     """Runs compile_job in a session of its own, which ends with it, with this process or after the time limit."""
     lines: list[str] = []
     child = subprocess.Popen(
-        [sys.executable, "-m", "vllm_mla_fusion.jit.compile_job", str(work / "job.json")],
+        [sys.executable, "-m", "vllm_mla_fusion.jit.compile_job", "job.json"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -231,22 +246,3 @@ def _session_members(session: int) -> list[int]:
             if os.getsid(int(process.name)) == session:
                 members.append(int(process.name))
     return members
-
-
-def compile_error(output: str, log: Path) -> BuildError:
-    """The error for people; ``log`` is where all of ``output`` lies."""
-    problem = f"The kernel does not compile. The compiler says:\n{_error_lines(output)}\n(all of it: {log})"
-    if "No space left on device" in output or "File size limit exceeded" in output:
-        return BuildError(problem, "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk.")
-    return BuildError(
-        problem,
-        "Run `vllm-mla-fusion doctor` for the toolchain in use; if it finds no problem, report this with the log.",
-    )
-
-
-def _error_lines(output: str, context: int = 3, limit: int = 40) -> str:
-    """The compiler's own error lines with a little of what follows each, without commands and Python's traceback."""
-    lines = [line for line in output.splitlines() if line.strip() and not COMMAND_LINE.search(line)]
-    near = [any(ERROR_LINE.search(line) for line in lines[max(0, i - context) : i + 1]) for i in range(len(lines))]
-    chosen = [line for line, keep in zip(lines, near, strict=True) if keep] or lines[-limit:]
-    return "\n".join(f"  {line[:400]}" for line in chosen[:limit])
