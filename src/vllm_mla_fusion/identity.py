@@ -7,13 +7,15 @@ import threading
 from pathlib import Path
 
 import vllm_mla_fusion
+from vllm_mla_fusion.jit.compiling import csrc_digest
 
 _kernel_expected = threading.Event()
 
 
 @functools.cache
 def _sources() -> str:
-    digest = hashlib.sha256()
+    """Of this package's code and the kernel's, wherever the library that is loaded was built."""
+    digest = hashlib.sha256(csrc_digest().encode())
     for path in sorted(Path(vllm_mla_fusion.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -47,7 +47,8 @@ import torch
 
 from vllm_mla_fusion import activation
 from vllm_mla_fusion.jit import build, target
-from vllm_mla_fusion.jit.explain import load_remedy
+from vllm_mla_fusion.jit import library as jit_library
+from vllm_mla_fusion.jit.library import Library
 
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
@@ -55,22 +56,21 @@ FAILURE_LASTS_SECONDS = 120.0
 
 
 @functools.cache
-def load() -> build.Target:
-    """Builds the library if it is not in the cache, loads it and registers the fakes; returns what it is for.
+def library() -> Library:
+    """Loads the library, builds it first if need be, and registers the fakes; returns what it is and where it is from.
 
     Raises:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
-    wanted = build.detect_target()
-    library = build.build(wanted, say=_say, failure_lasts=FAILURE_LASTS_SECONDS)
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        said = str(error.__cause__ or error)
-        raise build.BuildError(f"The built kernel {library} does not load: {said}", load_remedy(said)) from error
+    found = jit_library.load(torch.ops.load_library, _say, FAILURE_LASTS_SECONDS)
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
-    return wanted
+    return found
+
+
+def load() -> build.Target:
+    """Loads `library` if need be; returns what it is for."""
+    return library().target
 
 
 def _say(message: str) -> None:

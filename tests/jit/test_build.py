@@ -24,7 +24,7 @@ import pytest
 from tiny_build import CPU, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.jit import build, cache, compiling, toolchain
+from vllm_mla_fusion.jit import build, cache, compiling, manifest, toolchain
 from vllm_mla_fusion.jit.build import BuildError, Target
 
 FORK = multiprocessing.get_context("fork")
@@ -38,8 +38,8 @@ def prebuild(root: Path, target: Target, sources: str | None = None) -> Path:
     entry.mkdir(parents=True, mode=0o700)
     library = entry / build.LIBRARY
     library.write_bytes(str(target).encode())
-    manifest = {**build._library_facts(library), "target": str(target), "compilers": {}, "signature": {}}
-    (entry / "manifest.json").write_text(json.dumps(manifest))
+    facts = {**manifest.library_facts(library), "target": str(target), "compilers": {}, "signature": {}}
+    (entry / "manifest.json").write_text(json.dumps(facts))
     return library
 
 
@@ -194,12 +194,12 @@ def test_built_targets_are_told_by_the_names_of_our_own_directories(root):
 def test_a_library_that_does_not_load_says_why(library, monkeypatch):
     monkeypatch.setenv("MLA_FUSION_ARCH", "cpu")
     library.write_text("no machine code, but just as it was built\n" * 9)
-    manifest = library.parent / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **build._library_facts(library)}))
+    path = library.parent / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **manifest.library_facts(library)}))
     with pytest.raises(
         BuildError, match=rf"^The built kernel {library} does not load: .*invalid ELF header"
     ) as failure:
-        kernel.load.__wrapped__()
+        kernel.library.__wrapped__()
     assert "`vllm-mla-fusion clean`, then `vllm-mla-fusion build`" in failure.value.remedy
 
 
@@ -448,8 +448,8 @@ def flip_a_byte(library: Path) -> None:
 
 
 def other_machine(library: Path) -> None:
-    manifest = library.parent / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "machine": "riscv64"}))
+    path = library.parent / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "riscv64"}))
 
 
 def half_a_manifest(library: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_finished_build_on_a_mount_without_exec_says_the_same(noexec_directory
     monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(copy))
     monkeypatch.setenv("MLA_FUSION_ARCH", "cpu")
     with pytest.raises(BuildError, match="failed to map segment") as failure:
-        kernel.load.__wrapped__()
+        kernel.library.__wrapped__()
     assert "without noexec" in failure.value.remedy
 
 

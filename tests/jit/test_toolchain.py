@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,36 @@ def test_a_kernel_that_runs_on_no_gpu_is_not_available(backend, archs, gpus, fit
     finally:
         forget_kernel()
     assert reason is None if fits else "The kernel does not fit: it is for" in reason and "MLA_FUSION_ARCH" in reason
+
+
+@pytest.mark.parametrize("backend", ["cuda", "rocm"])
+def test_each_worker_judges_by_the_device_that_it_uses(backend, monkeypatch):
+    """Two kinds of GPUs and a library for one of them: a worker on the other would stop at its first launch."""
+    archs = {"cuda": ("8.0", "9.0"), "rocm": ("gfx90a", "gfx942")}[backend]
+    monkeypatch.setattr(target, "torch_backend", lambda: backend)
+    monkeypatch.setattr(target, "visible_gpus", lambda _: [Gpu("", arch, "") for arch in archs])
+    monkeypatch.setattr(kernel, "load", lambda: Target(backend, archs[:1]))
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: bool(chosen))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: chosen[-1])
+
+    def properties(index):
+        if backend == "rocm":
+            return SimpleNamespace(gcnArchName=f"{archs[index]}:sramecc+:xnack-")
+        major, minor = map(int, archs[index].split("."))
+        return SimpleNamespace(major=major, minor=minor)
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    for device, fits in ((0, True), (1, False)):
+        forget_kernel()
+        chosen.clear()
+        assert kernel.failure() is None, "who only prepares the workers cannot know"
+        chosen.append(device)
+        reason = kernel.failure()
+        assert reason is None if fits else f"this worker's GPU is {archs[1]}" in reason
+        chosen.append(1 - device)
+        assert kernel.failure() == reason, "another thread may be on another device"
+    forget_kernel()
 
 
 def test_arch_override(cuda_torch, monkeypatch):

@@ -18,10 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from vllm_mla_fusion import __version__
-from vllm_mla_fusion.jit import failures, toolchain
+from vllm_mla_fusion.jit import failures, manifest, toolchain
 from vllm_mla_fusion.jit.cache import (
     build_lock,
     builds,
@@ -38,6 +38,7 @@ from vllm_mla_fusion.jit.compiling import (
     LINK_FLAGS,
     CompileFailed,
     compile_sources,
+    csrc_digest,
     csrc_dir,
     cxx_flags,
     device_flags,
@@ -143,15 +144,15 @@ def _build_locked(
         os.replace(work / LIBRARY, result / LIBRARY)
         _sync(result / LIBRARY)
         _write_synced(result / "build.log", output)
-        manifest = {
-            **_library_facts(result / LIBRARY),
+        facts = {
+            **manifest.library_facts(result / LIBRARY),
             "target": str(target),
             "sources": _sources_digest(target),
             "compilers": compilers,
             "signature": toolchain.signature(target.backend),
             "seconds": round(time.monotonic() - began, 1),
         }
-        _write_synced(result / "manifest.json", json.dumps(manifest, indent=1))
+        _write_synced(result / manifest.MANIFEST, json.dumps(facts, indent=1))
         _put_in_place(result, final, work, say)
     except CompileFailed as failure:
         raise failures.remember(final, failure.output, compiler_fault(tools.cxx)) from None
@@ -203,12 +204,12 @@ def _find_finished(target: Target) -> Path | None:
         if not root.exists():
             return None
         check_private(root)
-        sound = {entry: _manifest(entry) for entry in _entries(target) if _flaw(entry) is None}
+        sound = {entry: manifest.read_manifest(entry) for entry in _entries(target) if _flaw(entry) is None}
     if not sound:
         return None
     signature = toolchain.signature(target.backend)
-    for entry, manifest in sound.items():
-        if manifest["signature"] == signature:
+    for entry, found in sound.items():
+        if found["signature"] == signature:
             return entry / LIBRARY
     try:
         compilers = find_toolchain(target.backend).versions()
@@ -230,28 +231,7 @@ def _entries(target: Target) -> list[Path]:
 
 def _flaw(entry: Path) -> str | None:
     """What is wrong with a finished build; None if it can be loaded."""
-    try:
-        manifest = _manifest(entry)
-        facts = _library_facts(entry / LIBRARY)
-    except (OSError, ValueError) as error:
-        return f"unreadable ({error})"
-    label = entry.name.rsplit("-", 2)[0]
-    if manifest.get("target") != label or manifest.get("machine") != facts["machine"]:
-        return f"is for {manifest.get('target')} on {manifest.get('machine')}"
-    changed = [name for name in ("size", "sha256") if manifest.get(name) != facts[name]]
-    return f"{LIBRARY} was changed or cut short ({', '.join(changed)})" if changed else None
-
-
-def _manifest(entry: Path) -> dict[str, Any]:
-    manifest = json.loads((entry / "manifest.json").read_text())
-    if not isinstance(manifest, dict):
-        raise ValueError("manifest.json is not an object")
-    return manifest
-
-
-def _library_facts(library: Path) -> dict[str, object]:
-    content = library.read_bytes()
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "machine": platform.machine()}
+    return manifest.flaw_of(entry, LIBRARY, target=entry.name.rsplit("-", 2)[0])
 
 
 # ---- addresses ------------------------------------------------------------------------------------------------------
@@ -260,11 +240,9 @@ def _library_facts(library: Path) -> dict[str, object]:
 def _sources_digest(target: Target) -> str:
     import torch
 
-    csrc = csrc_dir()
-    files = sorted(path for path in csrc.rglob("*") if path.is_file())
     return _digest(
         {
-            "csrc": {str(path.relative_to(csrc)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            "csrc": csrc_digest(),
             "flags": [cxx_flags(target), device_flags(target), LINK_FLAGS],
             "target": str(target),
             "machine": platform.machine(),

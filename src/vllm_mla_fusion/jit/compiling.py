@@ -2,6 +2,7 @@
 """Compiles a copy of csrc/ in a child process."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -52,6 +53,8 @@ BACKEND_DEFINES = {
     "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM", "-DUSE_CUDA"),
 }
 LINK_FLAGS = ("-Wl,--as-needed",)
+# torch's headers then offer what `toolchain.OLDEST_TORCH` has, whichever torch they are of.
+PORTABLE_FLAGS = ("-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*toolchain.OLDEST_TORCH),)
 # torch knows its compilers by their names.
 CXX_WRAPPER = Path("c++")
 HOST_WRAPPER = Path("host/c++")
@@ -75,6 +78,15 @@ def csrc_dir() -> Path:
     raise BuildError(f"The kernel sources are missing from {package}.", "pip install --force-reinstall vllm-mla-fusion")
 
 
+def csrc_digest() -> str:
+    """Of the names and contents of the kernel sources."""
+    csrc = csrc_dir()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(csrc)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 class CompileFailed(Exception):
     """The compilers gave up; `output` is all that they said."""
 
@@ -83,24 +95,43 @@ class CompileFailed(Exception):
         self.output = output
 
 
-def cxx_flags(target: Target) -> list[str]:
+def cxx_flags(target: Target, is_portable: bool = False) -> list[str]:
     """Flags of the .cpp files."""
     # A GPU's first start waits for this; its .cpp files check and launch.
-    level = "-O3" if target.backend == "cpu" else "-O1"
-    return [level, *CXX_FLAGS, *BACKEND_DEFINES[target.backend]]
+    level = "-O3" if target.backend == "cpu" or is_portable else "-O1"
+    return [level, *CXX_FLAGS, *BACKEND_DEFINES[target.backend], *(PORTABLE_FLAGS if is_portable else ())]
 
 
-def device_flags(target: Target) -> list[str]:
-    """Flags of the .cu files: machine code for the given architectures only, no PTX that an old driver may refuse."""
+def device_flags(target: Target, is_portable: bool = False) -> list[str]:
+    """Flags of the .cu files: machine code for the given architectures only, no PTX that an old driver may refuse.
+
+    A portable library has PTX of its last architecture for GPUs that are newer than it; nobody takes that unseen.
+    """
     if target.backend == "cuda":
         numbers = [arch.replace(".", "") for arch in target.archs]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+        if is_portable:
+            codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
         return [*CUDA_FLAGS, *BACKEND_DEFINES["cuda"], *codes]
     return [*HIP_FLAGS, *BACKEND_DEFINES["rocm"]] if target.backend == "rocm" else []
 
 
-def compile_sources(work: Path, target: Target, tools: Toolchain, progress: Callable[[int, int], None] | None) -> str:
-    """Compiles a copy of csrc/ in ``work`` to ``work/mla_fusion.so``; returns the compilers' output."""
+def compile_sources(
+    work: Path,
+    target: Target,
+    tools: Toolchain,
+    progress: Callable[[int, int], None] | None,
+    is_portable: bool = False,
+) -> str:
+    """Compiles a copy of csrc/ in ``work`` to ``work/mla_fusion.so``; returns the compilers' output.
+
+    Args:
+        work: A directory of its own.
+        target: What to compile for.
+        tools: With what.
+        progress: Gets the number of finished and of all compile steps.
+        is_portable: The library goes to other machines, with any torch from the oldest on.
+    """
     place = _name_in_commands(work)
     sources = [place / path.relative_to(work) for path in _copy_sources(work / "csrc", target)]
     job = {
@@ -108,9 +139,9 @@ def compile_sources(work: Path, target: Target, tools: Toolchain, progress: Call
         "sources": [str(path) for path in sources],
         "build_directory": str(place),
         "extra_include_paths": [str(place / "csrc")],
-        "extra_cflags": cxx_flags(target),
-        "extra_cuda_cflags": [*device_flags(target), *_toolkit_flags(place, tools)],
-        "extra_ldflags": [*LINK_FLAGS, *_runtime_link(work, tools)],
+        "extra_cflags": cxx_flags(target, is_portable),
+        "extra_cuda_cflags": [*device_flags(target, is_portable), *_toolkit_flags(place, tools)],
+        "extra_ldflags": [*LINK_FLAGS, *(("-s",) if is_portable else ()), *_runtime_link(work, tools)],
         "with_cuda": target.backend != "cpu",
     }
     (work / "job.json").write_text(json.dumps(job))

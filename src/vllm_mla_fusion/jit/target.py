@@ -146,10 +146,10 @@ def misfit(built: Target, chosen: str | None = None) -> str | None:
 
 def serves(built: Target, arch: str) -> bool:
     """Whether a library for ``built`` runs on a GPU of architecture ``arch``."""
-    return any(_runs_on(each, arch) for each in built.archs)
+    return any(runs_on(each, arch) for each in built.archs)
 
 
-def _runs_on(arch: str, gpu: str) -> bool:
+def runs_on(arch: str, gpu: str) -> bool:
     """NVIDIA's machine code also runs on later minors of its major version; AMD's on its own architecture alone."""
     if arch.startswith("gfx"):
         return arch == gpu
@@ -242,6 +242,15 @@ def _kfd_gpus() -> list[Gpu]:
             arch = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
             gpus.append(Gpu(f"GPU-{int(properties.get('unique_id', 0)):x}", arch, arch))
     return gpus
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, such as (13, 0); None without a driver."""
+    with _nvml() as nvml:
+        version = ctypes.c_int()
+        if nvml is None or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) != 0:
+            return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def driver_version(backend: Backend) -> str | None:
