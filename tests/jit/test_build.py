@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pwd
 import random
@@ -21,13 +20,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_build import CPU, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
+from tiny_build import CPU, FORK, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
 
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.jit import build, cache, compiling, manifest, toolchain
 from vllm_mla_fusion.jit.build import BuildError, Target
 
-FORK = multiprocessing.get_context("fork")
 REAL_CSRC = build.csrc_dir()
 pytestmark = pytest.mark.usefixtures("csrc")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from vllm_mla_fusion.jit import cache
 from vllm_mla_fusion.jit.build import Target
 
 CPU = Target("cpu")
+FORK = multiprocessing.get_context("fork")
 SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
 
 
