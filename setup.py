@@ -43,8 +43,10 @@ class PlatformWheel(bdist_wheel):
     """A wheel for every Python 3 of one platform: the library has no Python in it."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        (library,) = Path(self.get_finalized_command("build_py").build_lib).glob("vllm_mla_fusion/prebuilt/*.so")
-        return "py3", "none", manylinux_tag(library)
+        built = Path(self.get_finalized_command("build_py").build_lib)
+        made = list(built.glob("vllm_mla_fusion/prebuilt/*.so"))
+        # An editable install has none.
+        return ("py3", "none", manylinux_tag(made[0])) if made else super().get_tag()
 
 
 class PlatformDistribution(Distribution):
