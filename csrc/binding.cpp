@@ -25,3 +25,11 @@ STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CUDA, m) {
   m.impl("norm_concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::norm_concat_and_cache_mla_rope_fused));
 }
 #endif
+
+#ifdef MLA_FUSION_PORTABLE
+// libstdc++'s reference counts ask glibc whether there is one thread only, which it says from 2.32 on. Where it does not,
+// this one says no; where it does, the loader takes glibc's.
+extern "C" {
+char __libc_single_threaded = 0;
+}
+#endif

@@ -313,6 +313,7 @@ def test_a_portable_library_is_for_the_oldest_torch_and_has_ptx_of_the_newest_ar
     target = Target("cuda", ("9.0", "10.0"))
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in compiling.cxx_flags(target, is_portable=True)
     assert "-O3" in compiling.cxx_flags(target, is_portable=True)
+    assert "--compress-mode=size" in compiling.device_flags(target, is_portable=True)
     assert [flag for flag in compiling.device_flags(target, is_portable=True) if "arch" in flag] == [
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_100,code=sm_100",

@@ -54,7 +54,10 @@ BACKEND_DEFINES = {
 }
 LINK_FLAGS = ("-Wl,--as-needed",)
 # torch's headers then offer what `toolchain.OLDEST_TORCH` has, whichever torch they are of.
-PORTABLE_FLAGS = ("-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*toolchain.OLDEST_TORCH),)
+PORTABLE_FLAGS = (
+    "-DMLA_FUSION_PORTABLE",
+    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*toolchain.OLDEST_TORCH),
+)
 # torch knows its compilers by their names.
 CXX_WRAPPER = Path("c++")
 HOST_WRAPPER = Path("host/c++")
@@ -111,7 +114,8 @@ def device_flags(target: Target, is_portable: bool = False) -> list[str]:
         numbers = [arch.replace(".", "") for arch in target.archs]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
         if is_portable:
-            codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+            # The kernels of one architecture are much alike.
+            codes += [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}", "--compress-mode=size"]
         return [*CUDA_FLAGS, *BACKEND_DEFINES["cuda"], *codes]
     return [*HIP_FLAGS, *BACKEND_DEFINES["rocm"]] if target.backend == "rocm" else []
 

@@ -119,7 +119,7 @@ def make(folder: Path, archs: tuple[str, ...]) -> None:
     target = Target("cuda", archs)
     tools = find_toolchain("cuda")
     with tempfile.TemporaryDirectory(prefix="mla-fusion-wheel-") as work:
-        log = compile_sources(Path(work), target, tools, None, is_portable=True)
+        compile_sources(Path(work), target, tools, None, is_portable=True)
         made = Path(work) / "made"
         made.mkdir()
         shutil.move(Path(work) / LIBRARY, made / LIBRARY)
@@ -133,6 +133,5 @@ def make(folder: Path, archs: tuple[str, ...]) -> None:
             "compilers": tools.versions(),
         }
         (made / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        (made / "build.log").write_text(log)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(made, folder)
