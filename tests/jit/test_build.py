@@ -573,9 +573,16 @@ def test_a_killed_builders_directory_is_removed_and_its_lock_is_free(root, gate)
     assert leftovers(root) == []
 
 
+def left_by_a_dead_builder(root: Path) -> Path:
+    """A process number beyond the kernel's largest."""
+    folder = root / f"{cache.work_dir_prefix('cuda-9.0')}x_1".replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    folder.mkdir()
+    return folder
+
+
 def test_clean_removes_kernels_and_leftovers_but_nothing_else(library, root):
     strangers = foreign_things(root)
-    (root / f"{cache.work_dir_prefix('cuda-9.0')}x_1").mkdir()
+    left_by_a_dead_builder(root)
     (root / f"{library.parent.name}{cache.FAILURE_LOG}").write_text("")
     assert cache.clean(root, print) == 1
     assert sorted(path.name for path in root.iterdir()) == sorted(["lock", *strangers])
@@ -595,8 +602,7 @@ def foreign_things(root: Path) -> list[str]:
 def test_a_build_leaves_foreign_things_alone(root):
     strangers = foreign_things(root)
     root.chmod(0o700)
-    own = root / f"{cache.work_dir_prefix('cpu')}y"
-    own.mkdir()
+    own = left_by_a_dead_builder(root)
     build.build(CPU)
     assert all((root / name).exists() for name in strangers)
     assert not own.exists()
