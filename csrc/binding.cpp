@@ -33,3 +33,11 @@ STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CPU, m) { MLA_FUSION_IMPLEMENTATIONS(m); }
 #ifdef MLA_FUSION_GPU
 STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CUDA, m) { MLA_FUSION_IMPLEMENTATIONS(m); }
 #endif
+
+#ifdef MLA_FUSION_PORTABLE
+// libstdc++'s reference counts ask glibc whether there is one thread only, which it says from 2.32 on. Where it does not,
+// this one says no; where it does, the loader takes glibc's.
+extern "C" {
+char __libc_single_threaded = 0;
+}
+#endif

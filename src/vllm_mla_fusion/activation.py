@@ -3,6 +3,7 @@
 
 import contextlib
 import enum
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ Choice = TypeVar("Choice", bound=enum.Enum)
 
 VARIABLE = "MLA_FUSION"
 NORM_VARIABLE = "MLA_FUSION_NORM"
+
+# Digests of the problems that a process and those it comes from have told; its children get it with the environment.
+TOLD_VARIABLE = "_MLA_FUSION_TOLD"
 
 # Loggers outside the vllm namespace lose their INFO lines at vLLM's default level.
 logger = logging.getLogger("vllm.mla_fusion")
@@ -43,6 +47,25 @@ def warn_unless_strict(problem: str) -> Iterator[None]:
         if mode() is Mode.STRICT:
             raise
         logger.warning("MLA fusion: %s.", problem, exc_info=True)
+
+
+def tell(problem: str) -> bool:
+    """Whether this problem still has to be told: False if a process from which this one comes has done so."""
+    mine = f"{_digest(problem)}:{os.getpid()}"
+    told = os.environ.get(TOLD_VARIABLE, "").split()
+    os.environ[TOLD_VARIABLE] = " ".join(dict.fromkeys([*told, mine]))
+    return all(each == mine or not each.startswith(_digest(problem)) for each in told)
+
+
+def is_told(problem: str) -> bool:
+    """Whether this process, or one from which it comes, has told the problem by `tell`."""
+    return any(each.startswith(_digest(problem)) for each in os.environ.get(TOLD_VARIABLE, "").split())
+
+
+def _digest(problem: str) -> str:
+    """Of the first line: what follows may say where and how often it was tried."""
+    first = problem.partition("\n")[0].removesuffix(" The compiler says:")
+    return hashlib.sha256(first.encode()).hexdigest()[:16]
 
 
 class Norm(enum.Enum):

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tells one build of this plugin from another, for vLLM's compile caches."""
 
+import contextlib
 import functools
 import hashlib
 import threading
 from pathlib import Path
 
 import vllm_mla_fusion
+from vllm_mla_fusion.jit.compiling import csrc_digest
+from vllm_mla_fusion.jit.errors import BuildError
 
 _kernel_expected = threading.Event()
 
 
 @functools.cache
 def _sources() -> str:
+    """Of this package's code and the kernel's, wherever the library that is loaded was built."""
     digest = hashlib.sha256()
+    # Without its sources there is no kernel, which is a problem that `kernel.failure` tells.
+    with contextlib.suppress(BuildError):
+        digest.update(csrc_digest().encode())
     for path in sorted(Path(vllm_mla_fusion.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -73,52 +73,68 @@ import torch
 
 from vllm_mla_fusion import activation
 from vllm_mla_fusion.jit import build, target
+from vllm_mla_fusion.jit import library as jit_library
+from vllm_mla_fusion.jit.library import Library
 
 NAMESPACE = "mla_fusion"
 # Each process of an engine asks on its own, one after the other within its start, and a compile error takes its time.
 FAILURE_LASTS_SECONDS = 120.0
-LOAD_REMEDY = "Run `vllm-mla-fusion clean`, then `vllm-mla-fusion build`, on this machine or in the image that serves."
 
 
 @functools.cache
-def load() -> build.Target:
-    """Builds the library if it is not in the cache, loads it and registers the fakes; returns what it is for.
+def library() -> Library:
+    """Loads the library, builds it first if need be, and registers the fakes; returns what it is and where it is from.
 
     Raises:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
-    wanted = build.detect_target()
-    library = build.build(wanted, say=_say, failure_lasts=FAILURE_LASTS_SECONDS)
-    try:
-        torch.ops.load_library(library)
-    except OSError as error:
-        raise build.BuildError(
-            f"The built kernel {library} does not load: {error.__cause__ or error}", LOAD_REMEDY
-        ) from error
+    found = jit_library.load(torch.ops.load_library, _say, FAILURE_LASTS_SECONDS)
     torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
     torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
     torch.library.register_fake(f"{NAMESPACE}::norms_rope_concat_and_cache_mla", _norms_fake)
     torch.library.register_fake(f"{NAMESPACE}::rope_query", _rope_query_fake)
-    return wanted
+    return found
+
+
+def load() -> build.Target:
+    """Loads `library` if need be; returns what it is for."""
+    return library().target
 
 
 def _say(message: str) -> None:
     activation.logger.info("MLA fusion: %s", message)
 
 
-@functools.cache
 def failure() -> str | None:
-    """Why the library cannot be used in this process; None if it is loaded and fits the GPUs.
+    """Why the library cannot be used in this process; None if it is loaded and fits the GPU.
 
-    Asked again it answers the same.
+    Asked again it answers the same, but for a process that chooses its device meanwhile, which is judged by that.
     """
+    return loading_failure() or _misfit(None if target.chosen_arch() is None else _first_chosen_arch())
+
+
+@functools.cache
+def loading_failure() -> str | None:
+    """Why the library cannot be built or loaded."""
     try:
-        reason = target.misfit(load())
+        load()
     except build.BuildError as error:
         return str(error)
     except Exception as error:
         # Such as ops of these names that another library registered: vLLM asks for its cache key where none may escape.
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _first_chosen_arch() -> str | None:
+    """Of the device that the process chose first: another thread may be on CUDA's default."""
+    return target.chosen_arch()
+
+
+@functools.cache
+def _misfit(chosen: str | None) -> str | None:
+    reason = target.misfit(load(), chosen)
     return reason and f"The kernel does not fit: {reason}"
 
 

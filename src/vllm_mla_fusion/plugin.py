@@ -62,7 +62,7 @@ def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:
         problem = f"could not be prepared ({error!r})"
     if problem is not None:
         if activation.mode() is Mode.STRICT:
-            raise UnsupportedError(f"MLA_FUSION=strict, but {problem}. Remove the cause, or set MLA_FUSION=1.")
+            raise UnsupportedError(_refusal(problem))
         _warn(problem)
 
 
@@ -95,11 +95,21 @@ def _prepare(vllm_config: Any, splitting_ops_are_default: bool) -> str | None:
         # Only drives workers: they build for the GPUs that they see, or run the update inside their graphs as it is.
         return hooks.keep_update_in_graph(vllm_config, splitting_ops_are_default)
     identity.expect_kernel()
-    return kernel.failure() or hooks.keep_update_in_graph(vllm_config, splitting_ops_are_default)
+    failure = kernel.failure()
+    if failure is not None:
+        return f"the kernel is not available: {failure}"
+    return hooks.keep_update_in_graph(vllm_config, splitting_ops_are_default)
+
+
+def _refusal(problem: str) -> str:
+    """Strict mode's sentence; a problem of the build brings its own remedy along."""
+    remedy = "Or set" if "What to do: " in problem else "Remove the cause, or set"
+    return f"MLA_FUSION=strict, but {problem.rstrip('.')}. {remedy} MLA_FUSION=1 to run stock vLLM."
 
 
 @functools.cache
 def _warn(problem: str) -> None:
-    """Once per process: every engine, and every copy of a configuration, has the same problem."""
-    # Without host, which may be what cannot be imported.
-    activation.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)
+    """Once per start: every process, engine, and copy of a configuration has the same problem."""
+    if activation.tell(problem):
+        # Without host, which may be what cannot be imported.
+        activation.logger.warning("MLA fusion %s is off, vLLM runs as stock: %s", __version__, problem)

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 MODEL = Path(os.environ.get("MLA_TEST_MODEL", Path(__file__).parents[3] / "shared" / "models" / "tiny-mla"))
@@ -129,11 +130,14 @@ def main() -> None:
     if "data_parallel_size" in spec.get("engine", {}):
         Path(sys.argv[2]).write_text(json.dumps({"tokens": asyncio.run(data_parallel(spec, prompts))}))
         return
+    began = time.monotonic()
     llm = start(spec)
+    seconds = time.monotonic() - began
     mixed = generate(llm, prompts)
     problems = rows("test")[: spec.get("problems", 0)]
     answers = generate(llm, [f"Question: {row['question']}\nAnswer:" for row in problems])
     result = {
+        "start_seconds": seconds,
         "tokens": tokens(mixed),
         "prompt_lengths": sorted({len(out.prompt_token_ids) for out in mixed}),
         "solved": solved(answers, problems),

@@ -206,3 +206,17 @@ def test_model_without_mla(cache: Path, tmp_path: Path) -> None:
     assert len(on.plugin_lines()) == len(on.plugin_lines("DEBUG")) == 1
     assert "the model has no MLA layers" in on.plugin_lines()[0]
     assert not (tmp_path / "kernels").exists()
+
+
+@cpu_only
+@pytest.mark.parametrize("mode", ["1", "strict"])
+def test_an_unusable_cache_is_told_once(mode: str, cache: Path) -> None:
+    """By whichever of the engine's processes meets it first."""
+    on = engine(mode, cache, environ={"MLA_FUSION_CACHE_DIR": "/proc/self/none"}, prompts=1)
+    if mode == "strict":
+        assert on.returncode != 0
+        assert "to a directory that this user can write. Or set MLA_FUSION=1 to run stock vLLM." in on.log
+        return
+    assert on.returncode == 0
+    (warning,) = on.plugin_lines("WARNING")
+    assert "The kernel cache /proc/self/none cannot be used" in warning

@@ -423,6 +423,55 @@ def test_failed_build(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_stays_stock(vllm, warnings, monkeypatch, "There is no compiler.")
 
 
+@pytest.mark.parametrize(
+    ("failure", "sentence"),
+    [
+        (
+            "The cache cannot be used.\nWhat to do: Set MLA_FUSION_CACHE_DIR to another directory.",
+            "MLA_FUSION=strict, but the kernel is not available: The cache cannot be used.\n"
+            "What to do: Set MLA_FUSION_CACHE_DIR to another directory. Or set MLA_FUSION=1 to run stock vLLM.",
+        ),
+        (
+            "The kernel does not fit: it is for cpu.",
+            "MLA_FUSION=strict, but the kernel is not available: The kernel does not fit: it is for cpu. "
+            "Remove the cause, or set MLA_FUSION=1 to run stock vLLM.",
+        ),
+    ],
+)
+def test_strict_says_one_remedy_in_whole_sentences(failure, sentence, vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    monkeypatch.setattr(kernel, "failure", lambda: failure)
+    plugin.register()
+    with pytest.raises(plugin.UnsupportedError) as raised:
+        vllm.Config()
+    assert str(raised.value) == sentence
+
+
+TELL = """
+from vllm_mla_fusion import activation, plugin
+import logging
+logging.basicConfig()
+plugin._warn("the kernel is not available: no compiler.\\nWhat to do: tried twice")
+plugin._warn("another problem")
+"""
+
+
+def test_what_a_parent_has_told_its_children_do_not_repeat(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The API server, the engine's core and the workers all meet the same problem."""
+    monkeypatch.setenv(activation.TOLD_VARIABLE, "")
+    problem = "the kernel is not available: no compiler."
+    assert not activation.is_told(problem)
+    plugin._warn(problem)
+    assert activation.is_told(problem)
+    child = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, check=True)
+    assert "no compiler" not in child.stderr
+    assert "another problem" in child.stderr
+    monkeypatch.setenv(activation.TOLD_VARIABLE, "")
+    stranger = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, check=True)
+    assert "no compiler" in stranger.stderr
+    assert len(warnings) == 1
+
+
 def test_driver_without_gpu_leaves_the_build_to_its_workers(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ray head, or a process that CUDA_VISIBLE_DEVICES hides all GPUs from."""
     monkeypatch.setattr(target, "lacks_gpu", lambda: True)
@@ -475,14 +524,14 @@ def test_library_that_cannot_be_registered(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("registered twice")
 
     monkeypatch.setattr(kernel, "load", load)
-    kernel.failure.cache_clear()
+    kernel.loading_failure.cache_clear()
     try:
         assert kernel.failure() == kernel.failure_in_short() == "RuntimeError: registered twice"
         monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
         identity.expect_kernel()
         assert identity.compile_cache_key().startswith("unavailable:")
     finally:
-        kernel.failure.cache_clear()
+        kernel.loading_failure.cache_clear()
 
 
 def test_version_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:

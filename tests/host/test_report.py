@@ -18,8 +18,9 @@ if torch.cuda.is_available():
 from mla_layer import Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
-from vllm_mla_fusion import kernel
+from vllm_mla_fusion import activation, kernel
 from vllm_mla_fusion.host import config, passes, report, support
+from vllm_mla_fusion.jit.target import Target
 
 
 class OwnForward(Attention):
@@ -68,7 +69,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     handler = logging.Handler()
     handler.emit = lambda record: found.append((record.levelno, record.getMessage()))
     monkeypatch.setattr(kernel, "failure", lambda: None)
-    monkeypatch.setattr(kernel, "load", lambda: SimpleNamespace(backend="cpu", archs=()))
+    monkeypatch.setattr(kernel, "library", lambda: SimpleNamespace(target=Target("cpu"), origin="JIT"))
     monkeypatch.setenv("MLA_FUSION", "1")
     report._left_alone.clear()
     level = passes.logger.level
@@ -212,3 +213,12 @@ def test_untested_release_is_told_once_per_engine(lines, monkeypatch: pytest.Mon
     newest = ".".join(map(str, support.NEWEST_TESTED))
     assert f"vLLM 0.99.1 is newer than the newest tested release ({newest})" in message
     assert passes.logger.name.startswith("vllm."), "INFO is invisible elsewhere"
+
+
+def test_a_problem_that_was_told_is_no_second_warning(lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(activation.TOLD_VARIABLE, "")
+    problems = {"layers.0": "the kernel is not available: It is gone.", "layers.1": "its cache is odd"}
+    activation.tell("the kernel is not available: It is gone.\nWhat to do: something")
+    report._warn_of({"layers.0": problems["layers.0"]})
+    report._warn_of(problems)
+    assert [level for level, _ in lines] == [logging.INFO, logging.WARNING]

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
-import multiprocessing
 import os
 import pwd
 import random
@@ -19,70 +17,17 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_build import CPU, FORK, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.jit import build, cache, compiling, toolchain
+from vllm_mla_fusion.jit import build, cache, compiling, manifest, toolchain
 from vllm_mla_fusion.jit.build import BuildError, Target
 
-CPU = Target("cpu")
-FORK = multiprocessing.get_context("fork")
 REAL_CSRC = build.csrc_dir()
-SOURCE = '#include "answer.h"\nextern "C" int answer() { return ANSWER; }\n'
-
-
-@pytest.fixture(autouse=True)
-def csrc(tmp_path, monkeypatch) -> Path:
-    """A csrc/ that compiles in a moment, and an empty cache directory."""
-    folder = tmp_path / "csrc"
-    folder.mkdir()
-    write_sources(folder)
-    for module in (build, compiling):
-        monkeypatch.setattr(module, "csrc_dir", lambda: folder)
-    monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLA_FUSION_ARCH", raising=False)
-    return folder
-
-
-@pytest.fixture
-def root() -> Path:
-    return build.cache_dir()
-
-
-@pytest.fixture(scope="module")
-def prebuilt(tmp_path_factory) -> Path:
-    """A cache with a finished build of the tiny csrc/, compiled once for all tests that only need one."""
-    csrc, root = tmp_path_factory.mktemp("csrc"), tmp_path_factory.mktemp("prebuilt")
-    write_sources(csrc)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLA_FUSION_CACHE_DIR", str(root))
-        for module in (build, compiling):
-            patch.setattr(module, "csrc_dir", lambda: csrc)
-        build.build(CPU)
-    return root
-
-
-@pytest.fixture
-def library(root, prebuilt) -> Path:
-    """The finished library in this test's own cache."""
-    shutil.copytree(prebuilt, root)
-    return build.library_path(CPU)
-
-
-def write_sources(folder: Path) -> None:
-    (folder / "answer.cpp").write_text(SOURCE)
-    (folder / "answer.h").write_text("#define ANSWER 42\n")
-
-
-def answer(library: Path) -> int:
-    return ctypes.CDLL(str(library)).answer()
-
-
-def leftovers(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir() if path.name.startswith(cache.WORK_DIRS)]
+pytestmark = pytest.mark.usefixtures("csrc")
 
 
 def prebuild(root: Path, target: Target, sources: str | None = None) -> Path:
@@ -91,8 +36,8 @@ def prebuild(root: Path, target: Target, sources: str | None = None) -> Path:
     entry.mkdir(parents=True, mode=0o700)
     library = entry / build.LIBRARY
     library.write_bytes(str(target).encode())
-    manifest = {**build._library_facts(library), "target": str(target), "compilers": {}, "signature": {}}
-    (entry / "manifest.json").write_text(json.dumps(manifest))
+    facts = {**manifest.library_facts(library), "target": str(target), "compilers": {}, "signature": {}}
+    (entry / "manifest.json").write_text(json.dumps(facts))
     return library
 
 
@@ -108,25 +53,6 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
-def tool_folder(folder: Path, *names: str) -> Path:
-    """A directory for PATH that holds links to these tools only."""
-    folder.mkdir()
-    for name in names:
-        (folder / name).symlink_to(shutil.which(name))
-    return folder
-
-
-def fake_compiler(folder: Path, version: str) -> Path:
-    """g++ that says it is of ``version``."""
-    folder.mkdir(exist_ok=True)
-    script = folder / "c++"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo "c++ {version}" && exit\nexec {shutil.which("g++")} "$@"\n'
-    )
-    script.chmod(0o755)
-    return script
-
-
 @pytest.fixture
 def gate(tmp_path, monkeypatch) -> Path:
     """A file that is not there yet; until it is, the compiler waits, and says so by `gate.reached`."""
@@ -138,23 +64,13 @@ def gate(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def soon(condition: Callable[[], object], seconds: float = 300) -> bool:
-    """Whether it comes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def nothing_may_run(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError(f"a finished build ran or locked something: {args}")
 
     monkeypatch.setattr("subprocess.run", refuse)
     monkeypatch.setattr("subprocess.Popen", refuse)
-    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
 
 
 # ---- build, find again ----------------------------------------------------------------------------------------------
@@ -276,12 +192,12 @@ def test_built_targets_are_told_by_the_names_of_our_own_directories(root):
 def test_a_library_that_does_not_load_says_why(library, monkeypatch):
     monkeypatch.setenv("MLA_FUSION_ARCH", "cpu")
     library.write_text("no machine code, but just as it was built\n" * 9)
-    manifest = library.parent / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **build._library_facts(library)}))
+    path = library.parent / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **manifest.library_facts(library)}))
     with pytest.raises(
         BuildError, match=rf"^The built kernel {library} does not load: .*invalid ELF header"
     ) as failure:
-        kernel.load.__wrapped__()
+        kernel.library.__wrapped__()
     assert "`vllm-mla-fusion clean`, then `vllm-mla-fusion build`" in failure.value.remedy
 
 
@@ -530,8 +446,8 @@ def flip_a_byte(library: Path) -> None:
 
 
 def other_machine(library: Path) -> None:
-    manifest = library.parent / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "machine": "riscv64"}))
+    path = library.parent / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": "riscv64"}))
 
 
 def half_a_manifest(library: Path) -> None:
@@ -657,9 +573,16 @@ def test_a_killed_builders_directory_is_removed_and_its_lock_is_free(root, gate)
     assert leftovers(root) == []
 
 
+def left_by_a_dead_builder(root: Path) -> Path:
+    """A process number beyond the kernel's largest."""
+    folder = root / f"{cache.work_dir_prefix('cuda-9.0')}x_1".replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    folder.mkdir()
+    return folder
+
+
 def test_clean_removes_kernels_and_leftovers_but_nothing_else(library, root):
     strangers = foreign_things(root)
-    (root / f"{cache.work_dir_prefix('cuda-9.0')}x_1").mkdir()
+    left_by_a_dead_builder(root)
     (root / f"{library.parent.name}{cache.FAILURE_LOG}").write_text("")
     assert cache.clean(root, print) == 1
     assert sorted(path.name for path in root.iterdir()) == sorted(["lock", *strangers])
@@ -679,8 +602,7 @@ def foreign_things(root: Path) -> list[str]:
 def test_a_build_leaves_foreign_things_alone(root):
     strangers = foreign_things(root)
     root.chmod(0o700)
-    own = root / f"{cache.work_dir_prefix('cpu')}y"
-    own.mkdir()
+    own = left_by_a_dead_builder(root)
     build.build(CPU)
     assert all((root / name).exists() for name in strangers)
     assert not own.exists()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_pip_toolkit_gets_its_two_fixes(tmp_path):
     tools = Toolchain("/usr/bin/g++", Path("ninja"), toolchain.Toolkit(home, home / "bin/nvcc", "pip nvidia-cuda-nvcc"))
     (flag,) = compiling._runtime_link(tmp_path, tools)
     assert (Path(flag.removeprefix("-L")) / "libcudart.so").resolve() == home / "lib/libcudart.so.13"
-    assert compiling._toolkit_flags(tools) == ["-ccbin=/usr/bin/g++", "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]
+    assert compiling._toolkit_flags(tmp_path, tools) == ["-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK"]
 
 
 def test_pip_parts_that_do_not_fit_together(tmp_path, monkeypatch):
@@ -115,7 +116,7 @@ def test_a_system_toolkit_needs_no_fixes(tmp_path):
     home = toolkit(tmp_path / "cuda")
     tools = Toolchain("ccache g++", Path("ninja"), toolchain.Toolkit(home, home / "bin/nvcc", "CUDA_HOME"))
     assert compiling._runtime_link(tmp_path, tools) == []
-    assert compiling._toolkit_flags(tools) == []
+    assert compiling._toolkit_flags(tmp_path, tools) == []
 
 
 def test_machine_code_only_for_the_given_architectures():
@@ -268,6 +269,11 @@ def test_visible_amd_gpus(variables: dict[str, str], count: int, tmp_path, monke
     assert len(target.visible_gpus("rocm")) == count
 
 
+def forget_kernel() -> None:
+    for remembered in (kernel.loading_failure, kernel._misfit, kernel._first_chosen_arch):
+        remembered.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("backend", "archs", "gpus", "fits"),
     [
@@ -289,12 +295,42 @@ def test_a_kernel_that_runs_on_no_gpu_is_not_available(backend, archs, gpus, fit
     monkeypatch.setattr(target, "torch_backend", lambda: backend)
     monkeypatch.setattr(target, "visible_gpus", lambda _: [target.Gpu("", arch, "") for arch in gpus])
     monkeypatch.setattr(kernel, "load", lambda: Target(backend if archs else "cpu", tuple(archs)))
-    kernel.failure.cache_clear()
+    forget_kernel()
     try:
         reason = kernel.failure()
     finally:
-        kernel.failure.cache_clear()
+        forget_kernel()
     assert reason is None if fits else "The kernel does not fit: it is for" in reason and "MLA_FUSION_ARCH" in reason
+
+
+@pytest.mark.parametrize("backend", ["cuda", "rocm"])
+def test_each_worker_judges_by_the_device_that_it_uses(backend, monkeypatch):
+    """Two kinds of GPUs and a library for one of them: a worker on the other would stop at its first launch."""
+    archs = {"cuda": ("8.0", "9.0"), "rocm": ("gfx90a", "gfx942")}[backend]
+    monkeypatch.setattr(target, "torch_backend", lambda: backend)
+    monkeypatch.setattr(target, "visible_gpus", lambda _: [Gpu("", arch, "") for arch in archs])
+    monkeypatch.setattr(kernel, "load", lambda: Target(backend, archs[:1]))
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: bool(chosen))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: chosen[-1])
+
+    def properties(index):
+        if backend == "rocm":
+            return SimpleNamespace(gcnArchName=f"{archs[index]}:sramecc+:xnack-")
+        major, minor = map(int, archs[index].split("."))
+        return SimpleNamespace(major=major, minor=minor)
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", properties)
+    for device, fits in ((0, True), (1, False)):
+        forget_kernel()
+        chosen.clear()
+        assert kernel.failure() is None, "who only prepares the workers cannot know"
+        chosen.append(device)
+        reason = kernel.failure()
+        assert reason is None if fits else f"this worker's GPU is {archs[1]}" in reason
+        chosen.append(1 - device)
+        assert kernel.failure() == reason, "another thread may be on another device"
+    forget_kernel()
 
 
 def test_arch_override(cuda_torch, monkeypatch):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,8 +134,8 @@ def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
 
 
 def _log_fused(fused: list[Any], count: int, pipeline_stages: int) -> None:
-    target = kernel.load()
-    backend = " ".join([target.backend, *target.archs])
+    library = kernel.library()
+    backend = f"{' '.join([library.target.backend, *library.target.archs])}, {library.origin}"
     with_norm = sum(vars(layer)[_STATE].with_norm for layer in fused)
     norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
     # Other stages' layers are in other processes, which speak only of problems.
@@ -144,7 +145,9 @@ def _log_fused(fused: list[Any], count: int, pipeline_stages: int) -> None:
 
 
 def _warn_of(problems: dict[str, str], total: str = "") -> None:
-    activation.logger.warning("MLA fusion%s: layers that run as stock vLLM: %s", total, _summary(problems))
+    # What was told before the engine had its workers is no second WARNING.
+    level = logging.INFO if all(activation.is_told(reason) for reason in problems.values()) else logging.WARNING
+    activation.logger.log(level, "MLA fusion%s: layers that run as stock vLLM: %s", total, _summary(problems))
 
 
 def _summary(problems: dict[str, str]) -> str:

@@ -8,7 +8,6 @@ so are the compilers. On a machine without compilers every finished build of the
 A build for more architectures than are wanted serves too.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -19,15 +18,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from vllm_mla_fusion import __version__
-from vllm_mla_fusion.jit import toolchain
+from vllm_mla_fusion.jit import failures, manifest, toolchain
 from vllm_mla_fusion.jit.cache import (
-    FAILURE_LOG,
     build_lock,
     builds,
     cache_dir,
+    check_executable,
     check_private,
     explain_os_errors,
     make_private,
@@ -38,13 +37,14 @@ from vllm_mla_fusion.jit.compiling import (
     LIBRARY,
     LINK_FLAGS,
     CompileFailed,
-    compile_error,
     compile_sources,
+    csrc_digest,
     csrc_dir,
     cxx_flags,
     device_flags,
 )
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.host_compiler import compiler_fault
 from vllm_mla_fusion.jit.target import Backend, Target, detect_target
 from vllm_mla_fusion.jit.toolchain import Toolchain, check_torch, find_toolchain
 
@@ -113,13 +113,14 @@ def build(
         return finished
     tools = _tools_or_explain(target)
     root = make_private(cache_dir())
+    check_executable(root)
     with explain_os_errors(root), build_lock(root, say) as waited_since:
         finished = _find_finished(target)
         if finished:
             return finished
         compilers = tools.versions()
         final = root / f"{target}-{_sources_digest(target)}-{_digest(compilers, 8)}"
-        _raise_known_failure(_failure_log(final), waited_since, failure_lasts)
+        failures.raise_known(final, waited_since, failure_lasts)
         sweep(root)
         return _build_locked(final, target, tools, compilers, say, progress)
 
@@ -143,29 +144,38 @@ def _build_locked(
         os.replace(work / LIBRARY, result / LIBRARY)
         _sync(result / LIBRARY)
         _write_synced(result / "build.log", output)
-        manifest = {
-            **_library_facts(result / LIBRARY),
+        facts = {
+            **manifest.library_facts(result / LIBRARY),
             "target": str(target),
             "sources": _sources_digest(target),
             "compilers": compilers,
             "signature": toolchain.signature(target.backend),
             "seconds": round(time.monotonic() - began, 1),
         }
-        _write_synced(result / "manifest.json", json.dumps(manifest, indent=1))
-        if final.exists():
-            say(f"replacing {final}: {_flaw(final)}")
-            os.replace(final, work / "damaged")
-        os.replace(result, final)
+        _write_synced(result / manifest.MANIFEST, json.dumps(facts, indent=1))
+        _put_in_place(result, final, work, say)
     except CompileFailed as failure:
-        log = _failure_log(final)
-        with contextlib.suppress(OSError):
-            log.write_text(failure.output)
-        raise compile_error(failure.output, log) from None
+        raise failures.remember(final, failure.output, compiler_fault(tools.cxx)) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    _failure_log(final).unlink(missing_ok=True)
+    failures.failure_log(final).unlink(missing_ok=True)
     say(f"built {final / LIBRARY} in {time.monotonic() - began:.1f} s")
     return final / LIBRARY
+
+
+def _put_in_place(result: Path, final: Path, work: Path, say: Callable[[str], None]) -> None:
+    """Renames the finished directory, unless another host, whose lock is not seen here, was faster."""
+    if final.exists():
+        flaw = _flaw(final)
+        if flaw is None:
+            return
+        say(f"replacing {final}: {flaw}")
+        os.replace(final, work / "damaged")
+    try:
+        os.replace(result, final)
+    except OSError:
+        if _flaw(final) is not None:
+            raise
 
 
 def _tools_or_explain(target: Target) -> Toolchain:
@@ -184,18 +194,6 @@ def _tools_or_explain(target: Target) -> Toolchain:
         ) from None
 
 
-def _failure_log(final: Path) -> Path:
-    return final.with_name(f"{final.name}{FAILURE_LOG}")
-
-
-def _raise_known_failure(log: Path, waited_since: float | None, failure_lasts: float) -> None:
-    """Reports a failure that this process waited for, or that is young enough, instead of repeating it."""
-    now = time.time()
-    if log.exists() and min(waited_since or now, now - failure_lasts) <= log.stat().st_mtime < now:
-        error = compile_error(log.read_text(), log)
-        raise BuildError(error.problem, f"{error.remedy} `vllm-mla-fusion build` tries again at once.")
-
-
 # ---- finished builds ------------------------------------------------------------------------------------------------
 
 
@@ -206,12 +204,12 @@ def _find_finished(target: Target) -> Path | None:
         if not root.exists():
             return None
         check_private(root)
-        sound = {entry: _manifest(entry) for entry in _entries(target) if _flaw(entry) is None}
+        sound = {entry: manifest.read_manifest(entry) for entry in _entries(target) if _flaw(entry) is None}
     if not sound:
         return None
     signature = toolchain.signature(target.backend)
-    for entry, manifest in sound.items():
-        if manifest["signature"] == signature:
+    for entry, found in sound.items():
+        if found["signature"] == signature:
             return entry / LIBRARY
     try:
         compilers = find_toolchain(target.backend).versions()
@@ -233,28 +231,7 @@ def _entries(target: Target) -> list[Path]:
 
 def _flaw(entry: Path) -> str | None:
     """What is wrong with a finished build; None if it can be loaded."""
-    try:
-        manifest = _manifest(entry)
-        facts = _library_facts(entry / LIBRARY)
-    except (OSError, ValueError) as error:
-        return f"unreadable ({error})"
-    label = entry.name.rsplit("-", 2)[0]
-    if manifest.get("target") != label or manifest.get("machine") != facts["machine"]:
-        return f"is for {manifest.get('target')} on {manifest.get('machine')}"
-    changed = [name for name in ("size", "sha256") if manifest.get(name) != facts[name]]
-    return f"{LIBRARY} was changed or cut short ({', '.join(changed)})" if changed else None
-
-
-def _manifest(entry: Path) -> dict[str, Any]:
-    manifest = json.loads((entry / "manifest.json").read_text())
-    if not isinstance(manifest, dict):
-        raise ValueError("manifest.json is not an object")
-    return manifest
-
-
-def _library_facts(library: Path) -> dict[str, object]:
-    content = library.read_bytes()
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "machine": platform.machine()}
+    return manifest.flaw_of(entry, LIBRARY, target=entry.name.rsplit("-", 2)[0])
 
 
 # ---- addresses ------------------------------------------------------------------------------------------------------
@@ -263,11 +240,9 @@ def _library_facts(library: Path) -> dict[str, object]:
 def _sources_digest(target: Target) -> str:
     import torch
 
-    csrc = csrc_dir()
-    files = sorted(path for path in csrc.rglob("*") if path.is_file())
     return _digest(
         {
-            "csrc": {str(path.relative_to(csrc)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+            "csrc": csrc_digest(),
             "flags": [cxx_flags(target), device_flags(target), LINK_FLAGS],
             "target": str(target),
             "machine": platform.machine(),

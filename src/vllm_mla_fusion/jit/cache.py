@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.explain import EXEC_REMEDY, SPACE_REMEDY
 
 OTHER_DIR = "Set MLA_FUSION_CACHE_DIR to a directory that you own and others cannot write."
 WORK_DIRS = ".mla-fusion-build-"
@@ -21,6 +23,9 @@ FAILURE_LOG = ".failed.log"
 BUILD_NAME = re.compile(r"(?P<target>(?:cpu|cuda|rocm)(?:-[\w.]+)*)-(?P<sources>[0-9a-f]{16})-[0-9a-f]{8}")
 WORK_NAME = re.compile(re.escape(WORK_DIRS) + r"(?P<label>[^_]+)_(?P<host>.+)-(?P<pid>\d+)-[^-]+")
 WAIT_NOTICE_SECONDS = 30.0
+POLL_SECONDS = 0.05
+# Twice what a build may take, and room for clocks that differ.
+OLDEST_BUILD_SECONDS = 3600.0
 BUILD_MEGABYTES = 20
 
 
@@ -36,11 +41,21 @@ def cache_dir() -> Path:
             return Path(chosen).expanduser().absolute()
         user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:
-        raise BuildError(
-            "No home directory for the kernel cache: HOME is not set and the user has no passwd entry.",
-            "Set MLA_FUSION_CACHE_DIR to a directory that this user can write.",
-        ) from None
+        raise _no_home(chosen or "") from None
     return Path(user_cache).absolute() / "vllm-mla-fusion"
+
+
+def _no_home(chosen: str) -> BuildError:
+    user = chosen.partition("/")[0].removeprefix("~")
+    if user:
+        return BuildError(
+            f"MLA_FUSION_CACHE_DIR={chosen} cannot be used: there is no user {user}, whose home ~{user} would be.",
+            "Give a path that begins with /, or ~/ for the home of this user.",
+        )
+    return BuildError(
+        "No home directory for the kernel cache: HOME is not set and the user has no passwd entry.",
+        "Set MLA_FUSION_CACHE_DIR to a directory that this user can write, by a path that begins with /.",
+    )
 
 
 def check_private(path: Path) -> None:
@@ -55,13 +70,37 @@ def check_private(path: Path) -> None:
     if status.st_uid not in (os.geteuid(), 0):
         raise BuildError(
             f"The kernel cache {path} belongs to user id {status.st_uid}, this process runs as {os.geteuid()}.",
-            OTHER_DIR,
+            _own_directory_in(path),
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        remedy = _own_directory_in(path)
+        if status.st_uid == os.geteuid():
+            remedy = f"chmod go-w {path}, after a look at what is in it. Or: {remedy}"
         raise BuildError(
-            f"The kernel cache {path} can be written by other users (mode {stat.S_IMODE(status.st_mode):04o}).",
-            f"chmod go-w {path}, after a look at what is in it. Or: {OTHER_DIR}",
+            f"The kernel cache {path} can be written by other users (mode {stat.S_IMODE(status.st_mode):04o}).", remedy
         )
+
+
+def _own_directory_in(path: Path) -> str:
+    """The remedy for a directory of others, such as a volume: one of our own in it, if it lets us."""
+    if not os.access(path, os.W_OK | os.X_OK):
+        return OTHER_DIR
+    own = path / f"vllm-mla-fusion-{os.geteuid()}"
+    return f"Set MLA_FUSION_CACHE_DIR={own}: a directory of its own, which is made with mode 0700."
+
+
+def check_executable(path: Path) -> None:
+    """Refuses a file system from which no code can be loaded.
+
+    Raises:
+        BuildError: It is mounted with noexec.
+    """
+    with explain_os_errors(path):
+        if os.statvfs(path).f_flag & os.ST_NOEXEC:
+            raise BuildError(
+                f"The kernel cache {path} lies on a file system that is mounted with noexec: no library loads from it.",
+                EXEC_REMEDY,
+            )
 
 
 def make_private(path: Path) -> Path:
@@ -86,7 +125,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            remedy = "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk."
+            remedy = SPACE_REMEDY
         else:
             remedy = "Set MLA_FUSION_CACHE_DIR to a directory that this user can write."
         raise BuildError(f"The kernel cache {path} cannot be used: {error}.", remedy) from error
@@ -103,36 +142,53 @@ def build_lock(root: Path, say: Callable[[str], None]) -> Iterator[float | None]
     Yields:
         When the wait began (``time.time()``), None if there was none.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(root / "lock", mode=0o600)
-    began = None
-    while True:
-        try:
-            lock.acquire(timeout=WAIT_NOTICE_SECONDS if began else 0)
-            break
-        except Timeout:
-            began = began or time.time()
-            say(f"waiting for {_builder(root)}, {time.time() - began:.0f} s so far (lock: {root / 'lock'})")
-        except NotImplementedError as error:
-            raise BuildError(
-                f"The file system of the kernel cache {root} has no file locks: {error}",
-                "Set MLA_FUSION_CACHE_DIR to a local disk.",
-            ) from None
+    lock = root / "lock"
+    file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
     try:
+        began = told = None
+        while not _try_lock(file, root):
+            now = time.time()
+            began = began or now
+            if told is None or now - told >= WAIT_NOTICE_SECONDS:
+                told = now
+                say(f"waiting for {_builder(root)}, {now - began:.0f} s so far (lock: {lock})")
+            time.sleep(POLL_SECONDS)
         yield began
     finally:
-        lock.release()
+        os.close(file)
+
+
+def _try_lock(file: int, root: Path) -> bool:
+    """Whether the lock is ours now; it is freed with the last descriptor of its file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        # ENOLCK, ENOSYS, EOPNOTSUPP and others: network and FUSE file systems, each in its own words.
+        raise BuildError(
+            f"The file system of the kernel cache {root} has no file locks that work: {error}.",
+            "Set MLA_FUSION_CACHE_DIR to a local disk.",
+        ) from None
+    return True
+
+
+def host_name() -> str:
+    """This host and its space of process numbers: containers of one host name may have their own."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
 
 
 def work_dir_prefix(label: str) -> str:
     """Name of a build's temporary directory up to its random part; tells waiting processes who builds what."""
-    return f"{WORK_DIRS}{label}_{socket.gethostname()}-{os.getpid()}-"
+    return f"{WORK_DIRS}{label}_{host_name()}-{os.getpid()}-"
 
 
 def _builder(root: Path) -> str:
     for name in _names(root, WORK_NAME):
-        return f"process {name['pid']} on {name['host']} to build the {name['label']} kernel"
+        host = re.sub(r"-\d+$", "", name["host"])
+        return f"process {name['pid']} on {host} to build the {name['label']} kernel"
     return "another process that uses the kernel cache"
 
 
@@ -147,9 +203,17 @@ def _names(root: Path, form: re.Pattern[str]) -> list[re.Match[str]]:
 
 
 def sweep(root: Path) -> None:
-    """Removes what killed builders left. Only for the holder of the lock: nobody else builds then."""
+    """Removes what killed builders left. Only for the holder of the lock.
+
+    On a file system whose locks are each host's own, other hosts may be building: theirs must be older than any build.
+    """
     for name in _names(root, WORK_NAME):
-        shutil.rmtree(root / name.string, ignore_errors=True)
+        folder = root / name.string
+        with contextlib.suppress(OSError):
+            is_old = time.time() - folder.stat().st_mtime > OLDEST_BUILD_SECONDS
+            is_dead = name["host"] == host_name() and not Path(f"/proc/{name['pid']}").exists()
+            if is_old or is_dead:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean(root: Path, say: Callable[[str], None]) -> int:

@@ -9,7 +9,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
+
+from vllm_mla_fusion.jit.explain import TRACEBACK
 
 
 def _end_with_parent() -> None:
@@ -21,12 +24,19 @@ def _end_with_parent() -> None:
 def main(job: Path) -> None:
     """Runs the job that the builder wrote: keyword arguments of ``torch.utils.cpp_extension.load``."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    from torch.utils import cpp_extension
+    status = 0
+    try:
+        from torch.utils import cpp_extension
 
-    cpp_extension.load(**json.loads(job.read_text()), is_python_module=False, verbose=True)
+        cpp_extension.load(**json.loads(job.read_text()), is_python_module=False, verbose=True)
+    except Exception as error:
+        status = 1
+        # The loader's own words are the cause of torch's.
+        said = error.__cause__ if isinstance(error, OSError) and error.__cause__ else error
+        print(f"error: {said}\n{TRACEBACK}\n{traceback.format_exc()}")
     # Tidying torch up would take a fifth of a second.
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a copy of csrc/ in a child process and tells what the compiler said."""
+"""Compiles a copy of csrc/ in a child process."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vllm_mla_fusion.jit import toolchain
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.host_compiler import child_variables, write_wrapper
 from vllm_mla_fusion.jit.target import Target
 from vllm_mla_fusion.jit.toolchain import Toolchain
 
@@ -52,10 +53,19 @@ BACKEND_DEFINES = {
     "rocm": ("-DMLA_FUSION_GPU", "-DUSE_ROCM", "-DUSE_CUDA"),
 }
 LINK_FLAGS = ("-Wl,--as-needed",)
+# torch's headers then offer what `toolchain.OLDEST_TORCH` has, whichever torch they are of.
+PORTABLE_FLAGS = (
+    "-DMLA_FUSION_PORTABLE",
+    "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*toolchain.OLDEST_TORCH),
+)
+# torch knows its compilers by their names.
+CXX_WRAPPER = Path("c++")
+HOST_WRAPPER = Path("host/c++")
 
 
-ERROR_LINE = re.compile(r"error\b|undefined reference|cannot find|not found|No space left|Killed|fatal", re.IGNORECASE)
-COMMAND_LINE = re.compile(r"^\[\d+/\d+\]|^\s*raise |^\s*File \"|^Traceback|CalledProcessError|^ninja: |^FAILED: ")
+# A path of other characters means something to ninja, a shell or nvcc, in which torch puts it unquoted.
+PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+@-]*")
+OWN_DIRECTORY = Path("/proc/self/cwd")
 
 
 def csrc_dir() -> Path:
@@ -71,6 +81,15 @@ def csrc_dir() -> Path:
     raise BuildError(f"The kernel sources are missing from {package}.", "pip install --force-reinstall vllm-mla-fusion")
 
 
+def csrc_digest() -> str:
+    """Of the names and contents of the kernel sources."""
+    csrc = csrc_dir()
+    digest = hashlib.sha256()
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(csrc)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 class CompileFailed(Exception):
     """The compilers gave up; `output` is all that they said."""
 
@@ -79,41 +98,75 @@ class CompileFailed(Exception):
         self.output = output
 
 
-def cxx_flags(target: Target) -> list[str]:
+def cxx_flags(target: Target, is_portable: bool = False) -> list[str]:
     """Flags of the .cpp files."""
     # A GPU's first start waits for this; its .cpp files check and launch.
-    level = "-O3" if target.backend == "cpu" else "-O1"
-    return [level, *CXX_FLAGS, *BACKEND_DEFINES[target.backend]]
+    level = "-O3" if target.backend == "cpu" or is_portable else "-O1"
+    return [level, *CXX_FLAGS, *BACKEND_DEFINES[target.backend], *(PORTABLE_FLAGS if is_portable else ())]
 
 
-def device_flags(target: Target) -> list[str]:
-    """Flags of the .cu files: machine code for the given architectures only, no PTX that an old driver may refuse."""
+def device_flags(target: Target, is_portable: bool = False) -> list[str]:
+    """Flags of the .cu files: machine code for the given architectures only, no PTX that an old driver may refuse.
+
+    A portable library has PTX of its last architecture for GPUs that are newer than it; nobody takes that unseen.
+    """
     if target.backend == "cuda":
         numbers = [arch.replace(".", "") for arch in target.archs]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+        if is_portable:
+            # The kernels of one architecture are much alike.
+            codes += [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}", "--compress-mode=size"]
         return [*CUDA_FLAGS, *BACKEND_DEFINES["cuda"], *codes]
     return [*HIP_FLAGS, *BACKEND_DEFINES["rocm"]] if target.backend == "rocm" else []
 
 
-def compile_sources(work: Path, target: Target, tools: Toolchain, progress: Callable[[int, int], None] | None) -> str:
-    """Compiles a copy of csrc/ in ``work`` to ``work/mla_fusion.so``; returns the compilers' output."""
-    sources = _copy_sources(work / "csrc", target)
+def compile_sources(
+    work: Path,
+    target: Target,
+    tools: Toolchain,
+    progress: Callable[[int, int], None] | None,
+    is_portable: bool = False,
+) -> str:
+    """Compiles a copy of csrc/ in ``work`` to ``work/mla_fusion.so``; returns the compilers' output.
+
+    Args:
+        work: A directory of its own.
+        target: What to compile for.
+        tools: With what.
+        progress: Gets the number of finished and of all compile steps.
+        is_portable: The library goes to other machines, with any torch from the oldest on.
+    """
+    place = _name_in_commands(work)
+    sources = [place / path.relative_to(work) for path in _copy_sources(work / "csrc", target)]
     job = {
         "name": NAME,
         "sources": [str(path) for path in sources],
-        "build_directory": str(work),
-        "extra_include_paths": [str(work / "csrc")],
-        "extra_cflags": cxx_flags(target),
-        "extra_cuda_cflags": [*device_flags(target), *_toolkit_flags(tools)],
-        "extra_ldflags": [*LINK_FLAGS, *_runtime_link(work, tools)],
+        "build_directory": str(place),
+        "extra_include_paths": [str(place / "csrc")],
+        "extra_cflags": cxx_flags(target, is_portable),
+        "extra_cuda_cflags": [*device_flags(target, is_portable), *_toolkit_flags(place, tools)],
+        "extra_ldflags": [*LINK_FLAGS, *(("-s",) if is_portable else ()), *_runtime_link(work, tools)],
         "with_cuda": target.backend != "cpu",
     }
     (work / "job.json").write_text(json.dumps(job))
     (work / "tmp").mkdir()
+    _write_wrappers(work, tools)
     output, status = _run_job(work, _child_environment(work, target, tools), progress)
     if status:
         raise CompileFailed(output)
     return output
+
+
+def _name_in_commands(work: Path) -> Path:
+    """``work``, or another name for it that needs no quotes in its own processes, all of which run in it."""
+    return work if PLAIN_PATH.fullmatch(str(work)) else OWN_DIRECTORY
+
+
+def _write_wrappers(work: Path, tools: Toolchain) -> None:
+    write_wrapper(work / CXX_WRAPPER, tools.cxx)
+    if tools.host:
+        (work / HOST_WRAPPER).parent.mkdir()
+        write_wrapper(work / HOST_WRAPPER, tools.host)
 
 
 def _copy_sources(into: Path, target: Target) -> list[Path]:
@@ -128,13 +181,9 @@ def _copy_sources(into: Path, target: Target) -> list[Path]:
     return sorted(path for path in into.rglob("*") if path.suffix in suffixes)
 
 
-def _toolkit_flags(tools: Toolchain) -> list[str]:
-    if tools.toolkit is None or tools.toolkit.compiler.name != "nvcc":
-        return []
-    flags = []
-    if not os.environ.get("CC") and len(shlex.split(tools.cxx)) == 1:
-        flags.append(f"-ccbin={tools.cxx}")
-    if tools.toolkit.from_pip:
+def _toolkit_flags(place: Path, tools: Toolchain) -> list[str]:
+    flags = [f"-ccbin={place / HOST_WRAPPER}"] if tools.host else []
+    if tools.toolkit and tools.toolkit.from_pip:
         # pip resolves nvcc and the CUDA headers to different minor versions, which CCCL refuses by default.
         flags.append("-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK")
     return flags
@@ -150,15 +199,16 @@ def _runtime_link(work: Path, tools: Toolchain) -> list[str]:
     folder = work / "link"
     folder.mkdir()
     (folder / "libcudart.so").symlink_to(library)
-    return [f"-L{folder}"]
+    return [f"-L{_name_in_commands(work) / 'link'}"]
 
 
 def _child_environment(work: Path, target: Target, tools: Toolchain) -> dict[str, str]:
+    place = _name_in_commands(work)
     environment = {
-        **os.environ,
+        **child_variables(),
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
-        "CXX": tools.cxx,
-        "TMPDIR": str(work / "tmp"),
+        "CXX": str(place / CXX_WRAPPER),
+        "TMPDIR": str(place / "tmp"),
         "LC_ALL": "C",
         "PYTORCH_ROCM_ARCH": ";".join(target.archs) if target.backend == "rocm" else "",
         # The child needs no GPU, and must not take a context on one.
@@ -176,7 +226,7 @@ def _run_job(work: Path, environment: dict[str, str], progress: Callable[[int, i
     """Runs compile_job in a session of its own, which ends with it, with this process or after the time limit."""
     lines: list[str] = []
     child = subprocess.Popen(
-        [sys.executable, "-m", "vllm_mla_fusion.jit.compile_job", str(work / "job.json")],
+        [sys.executable, "-m", "vllm_mla_fusion.jit.compile_job", "job.json"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -231,22 +281,3 @@ def _session_members(session: int) -> list[int]:
             if os.getsid(int(process.name)) == session:
                 members.append(int(process.name))
     return members
-
-
-def compile_error(output: str, log: Path) -> BuildError:
-    """The error for people; ``log`` is where all of ``output`` lies."""
-    problem = f"The kernel does not compile. The compiler says:\n{_error_lines(output)}\n(all of it: {log})"
-    if "No space left on device" in output or "File size limit exceeded" in output:
-        return BuildError(problem, "Free some disk space, or set MLA_FUSION_CACHE_DIR to another disk.")
-    return BuildError(
-        problem,
-        "Run `vllm-mla-fusion doctor` for the toolchain in use; if it finds no problem, report this with the log.",
-    )
-
-
-def _error_lines(output: str, context: int = 3, limit: int = 40) -> str:
-    """The compiler's own error lines with a little of what follows each, without commands and Python's traceback."""
-    lines = [line for line in output.splitlines() if line.strip() and not COMMAND_LINE.search(line)]
-    near = [any(ERROR_LINE.search(line) for line in lines[max(0, i - context) : i + 1]) for i in range(len(lines))]
-    chosen = [line for line, keep in zip(lines, near, strict=True) if keep] or lines[-limit:]
-    return "\n".join(f"  {line[:400]}" for line in chosen[:limit])

@@ -110,22 +110,46 @@ def lacks_gpu() -> bool:
     return backend != "cpu" and not os.environ.get("MLA_FUSION_ARCH", "").strip() and not visible_gpus(backend)
 
 
-def misfit(built: Target) -> str | None:
-    """Why a library for ``built`` runs on none of the GPUs that vLLM may use here; None if none is known."""
+def chosen_arch() -> str | None:
+    """The architecture of the device that this process computes on; None while it has chosen none. Starts no CUDA."""
+    import torch
+
+    if torch_backend() == "cpu" or not torch.cuda.is_initialized():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if torch_backend() == "rocm":
+        return str(properties.gcnArchName).split(":")[0]
+    return f"{properties.major}.{properties.minor}"
+
+
+def misfit(built: Target, chosen: str | None = None) -> str | None:
+    """Why a library for ``built`` does not run on the GPU that vLLM uses here; None if nothing speaks against it.
+
+    Args:
+        built: What the library is for.
+        chosen: The architecture of the device of this process (`chosen_arch`). Without one, as where vLLM only prepares
+            its workers, a library will do that runs on any visible GPU: each worker then judges by its own device.
+    """
     backend = torch_backend()
     if backend == "cpu":
         return None
-    found = sorted({gpu.arch for gpu in visible_gpus(backend)})
+    found = [chosen] if chosen else sorted({gpu.arch for gpu in visible_gpus(backend)})
     # Without a driver's list there is nothing to compare, but a kernel for the CPU serves no GPU.
-    if built.backend == backend and (not found or any(_runs_on(arch, gpu) for arch in built.archs for gpu in found)):
+    if built.backend == backend and (not found or any(serves(built, arch) for arch in found)):
         return None
+    gpus = f"this worker's GPU is {chosen}" if chosen else f"the GPUs here are {', '.join(found) or 'not listed'}"
     return (
-        f"it is for {built}, the GPUs here are {', '.join(found) or 'not listed by the driver'}. "
-        "Unset MLA_FUSION_ARCH, or set it to their architecture; `vllm-mla-fusion doctor` lists them."
+        f"it is for {built}, {gpus}. Unset MLA_FUSION_ARCH, or set it to the architectures of all GPUs that are used "
+        "(such as 8.0,9.0); `vllm-mla-fusion doctor` lists them."
     )
 
 
-def _runs_on(arch: str, gpu: str) -> bool:
+def serves(built: Target, arch: str) -> bool:
+    """Whether a library for ``built`` runs on a GPU of architecture ``arch``."""
+    return any(runs_on(each, arch) for each in built.archs)
+
+
+def runs_on(arch: str, gpu: str) -> bool:
     """NVIDIA's machine code also runs on later minors of its major version; AMD's on its own architecture alone."""
     if arch.startswith("gfx"):
         return arch == gpu
@@ -218,6 +242,15 @@ def _kfd_gpus() -> list[Gpu]:
             arch = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
             gpus.append(Gpu(f"GPU-{int(properties.get('unique_id', 0)):x}", arch, arch))
     return gpus
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the NVIDIA driver runs, such as (13, 0); None without a driver."""
+    with _nvml() as nvml:
+        version = ctypes.c_int()
+        if nvml is None or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) != 0:
+            return None
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def driver_version(backend: Backend) -> str | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the compilers: c++, ninja, and a CUDA toolkit or ROCm that fits the installed torch."""
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_mla_fusion.jit.errors import BuildError
+from vllm_mla_fusion.jit.host_compiler import (
+    ADDRESSED,
+    CXX_REMEDY,
+    DROPPED,
+    find_cxx,
+    find_host_compiler,
+    missing_cxx,
+    words_of,
+)
 from vllm_mla_fusion.jit.target import Backend
 from vllm_mla_fusion.release import release
 
@@ -22,7 +32,6 @@ DEFAULT_ROCM_HOME = Path("/opt/rocm")
 PIP_NVCC = "nvidia-cuda-nvcc"
 PIP_PARTS = (PIP_NVCC, "nvidia-nvvm", "nvidia-cuda-crt")
 
-CXX_REMEDY = "Install a C++ compiler (Debian, Ubuntu: apt-get install g++), or set CXX to one."
 NINJA_REMEDY = "pip install ninja"
 OLDEST_TORCH = (2, 11)
 TORCH_REMEDY = "Install a vLLM that comes with a newer torch."
@@ -49,18 +58,30 @@ class Toolchain:
         cxx: Value for ``CXX``: a command, possibly with arguments (``ccache g++``).
         ninja: The ninja executable.
         toolkit: CUDA toolkit or ROCm; None for the cpu backend.
+        host: The command that nvcc calls; None without nvcc.
     """
 
     cxx: str
     ninja: Path
     toolkit: Toolkit | None
+    host: str | None = None
 
     def versions(self) -> dict[str, str]:
-        """What the compilers say of themselves: the compiler part of a library's address."""
-        found = {"c++": _version((*shlex.split(self.cxx), "--version"))}
+        """What the compilers say of themselves and are told to do: the compiler part of a library's address."""
+        commands = {"c++": self.cxx}
+        if self.host not in (None, self.cxx):
+            commands["nvcc's host"] = self.host
         if self.toolkit:
-            found[self.toolkit.compiler.name] = _version((str(self.toolkit.compiler), "--version"))
-        return found
+            commands[self.toolkit.compiler.name] = shlex.quote(str(self.toolkit.compiler))
+            if words := words_of("PYTORCH_NVCC"):
+                commands["PYTORCH_NVCC"] = shlex.join(words)
+        found = {}
+        for name, command in commands.items():
+            program, *arguments = shlex.split(command)
+            found[name] = _version((program, *arguments, "--version"))
+            if arguments:
+                found[f"{name} arguments"] = shlex.join(arguments)
+        return found | {name: os.environ[name] for name in ADDRESSED if os.environ.get(name)}
 
 
 def check_torch() -> None:
@@ -87,19 +108,11 @@ def find_toolchain(backend: Backend) -> Toolchain:
     check_torch()
     cxx, ninja = find_cxx(), find_ninja()
     if cxx is None:
-        tried = f"CXX={os.environ['CXX']!r}" if os.environ.get("CXX") else "c++, g++, clang++ on PATH"
-        raise BuildError(f"No C++ compiler found ({tried}).", CXX_REMEDY)
+        raise missing_cxx()
     if ninja is None:
         raise BuildError("ninja was found neither on PATH nor beside this Python.", NINJA_REMEDY)
-    return Toolchain(cxx, ninja, None if backend == "cpu" else find_toolkit(backend))
-
-
-def find_cxx() -> str | None:
-    """The C++ compiler command: ``CXX`` wins, then c++, g++, clang++ on PATH."""
-    chosen = os.environ.get("CXX")
-    if chosen:
-        return chosen if shutil.which(shlex.split(chosen)[0]) else None
-    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    toolkit = None if backend == "cpu" else find_toolkit(backend)
+    return Toolchain(cxx, ninja, toolkit, find_host_compiler(cxx) if backend == "cuda" else None)
 
 
 def find_ninja() -> Path | None:
@@ -173,11 +186,13 @@ def find_rocm() -> Toolkit:
 
 def signature(backend: Backend) -> dict[str, object]:
     """What decides which compilers are found, read without running one: unchanged means the same compilers."""
-    names = ("CXX", "CC", "CUDA_HOME", "CUDA_PATH", "ROCM_HOME", "ROCM_PATH", "PYTORCH_NVCC")
+    names = ("CXX", "CUDA_HOME", "CUDA_PATH", "ROCM_HOME", "ROCM_PATH", *DROPPED, *ADDRESSED)
     facts: dict[str, object] = {name: os.environ.get(name) for name in names if os.environ.get(name)}
     cxx = find_cxx()
-    facts["c++"] = _stat(shutil.which(shlex.split(cxx)[0])) if cxx else None
+    facts["c++"] = _programs(cxx) if cxx else None
     if backend == "cuda":
+        with contextlib.suppress(BuildError):
+            facts["nvcc's host"] = _programs(find_host_compiler(cxx)) if cxx else None
         facts["nvcc"] = [_stat(str(home / "bin" / "nvcc")) for _, home in _cuda_candidates(ask=False)]
         facts["nvcc on PATH"] = _stat(shutil.which("nvcc"))
     if backend == "rocm":
@@ -264,12 +279,19 @@ def _wheel_version(distribution: str) -> str | None:
 
 def _version(command: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, stdin=subprocess.DEVNULL
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{shlex.join(command)} does not run: {error}", CXX_REMEDY) from None
     if done.returncode:
         raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr.strip()}", CXX_REMEDY)
     return done.stdout.strip()
+
+
+def _programs(command: str) -> list[list[object]]:
+    """The programs among the words of a command: a wrapper and what it calls."""
+    return [found for word in shlex.split(command) if (found := _stat(shutil.which(word)))]
 
 
 def _stat(path: str | None) -> list[object] | None:
