@@ -73,7 +73,7 @@ class Arguments(Protocol):
     epsilon: Annotated[float, Part.LATENT_NORM]
     cos_sin_cache: Annotated[Tensor, Part.ROTATION]
     is_neox: Annotated[bool, Part.ROTATION]
-    # The cache's four stand together, last before the outputs: `Op.kernel_values` relies on it.
+    # The cache's four stand together, last before the outputs: `Op.before_cache` relies on it.
     slot_mapping: Annotated[Tensor, Part.KEY, Role.CONTEXT]
     kv_cache: Annotated[Tensor, Part.KEY, Role.CONTEXT, Role.MUTATED]
     kv_cache_dtype: Annotated[str, Part.KEY]
@@ -82,16 +82,20 @@ class Arguments(Protocol):
     kv_c_normed_out: Annotated[Tensor, Part.LATENT_NORM, Role.OUTPUT, Role.MUTATED]
 
 
-def _new_k_pe(given: Arguments) -> Tensor:
-    return given.k_pe.new_empty((given.k_pe.shape[0], 1, given.k_pe.shape[-1]))
+def _new_key(k_pe: Tensor) -> Tensor:
+    key = torch.empty_like(k_pe, memory_format=torch.contiguous_format)
+    return key if key.dim() == 3 else key.unsqueeze(1)
 
 
-def _new_kv_c_normed(given: Arguments) -> Tensor:
-    return given.kv_c.new_empty(given.kv_c.shape)
+def _new_latent(kv_c: Tensor) -> Tensor:
+    return torch.empty_like(kv_c, memory_format=torch.contiguous_format)
 
 
-# The memory of each output, for the values of the other arguments; fakes get fakes.
-_NEW: dict[str, Callable[[Arguments], Tensor]] = {"k_pe_out": _new_k_pe, "kv_c_normed_out": _new_kv_c_normed}
+# The memory of each output: of which argument it is made, and how; fakes give fakes.
+_NEW: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "k_pe_out": ("k_pe", _new_key),
+    "kv_c_normed_out": ("kv_c", _new_latent),
+}
 _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str"}
 
 
@@ -115,7 +119,7 @@ def _all_arguments() -> tuple[Argument, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """One op in two forms: `name` is the kernel's, which is given all tensors; `layer_name` the one in vLLM's graphs,
     which finds the layer's cache by its name and returns what the kernel's has as outputs."""
@@ -138,6 +142,11 @@ class Op:
     def outputs(self) -> tuple[Argument, ...]:
         return tuple(each for each in self.arguments if Role.OUTPUT in each.roles)
 
+    @functools.cached_property
+    def before_cache(self) -> int:
+        """How many arguments both forms have in common before those of the cache."""
+        return next(index for index, each in enumerate(self.arguments) if Role.CONTEXT in each.roles)
+
     def schema(self) -> str:
         """Of the kernel's op, with its name."""
         return f"{self.name}({_declared(self.arguments)}) -> ()"
@@ -156,13 +165,9 @@ class Op:
         """The values of the layer op by name, but for the layer's."""
         return cast(Arguments, self._layer_bound(*values))
 
-    def kernel_values(self, layer_values: tuple[Any, ...], cache: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Any:
-        """The values of the kernel's op: those of the layer op, `cache` in the place of the cache's, and `outputs`."""
-        return *layer_values[: self._before_cache], *cache, *outputs
-
-    def new_outputs(self, given: Arguments) -> tuple[Tensor, ...]:
-        """Memory for the outputs: fresh, contiguous, undefined."""
-        return tuple(_NEW[each.name](given) for each in self.outputs)
+    def new_outputs(self, values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Memory for the outputs, fresh, contiguous, undefined; `values`: of either form."""
+        return tuple([new(values[index]) for index, new in self._new])
 
     def fake(self, *values: Any) -> None:
         """Of the kernel's op: what a traced graph may not get wrong.
@@ -172,14 +177,13 @@ class Op:
         """
         given = self.bind(*values)
         self._check_query(given)
-        for argument, expected in zip(self.outputs, self.new_outputs(given), strict=True):
+        for argument, expected in zip(self.outputs, self.new_outputs(values), strict=True):
             _check_output(argument.name, getattr(given, argument.name), expected)
 
     def layer_fake(self, *values: Any) -> Any:
         """Of the layer op: its results, to be filled. Raises as `fake`."""
-        given = self.bind_layer(*values[:-1])
-        self._check_query(given)
-        outputs = self.new_outputs(given)
+        self._check_query(self.bind_layer(*values[:-1]))
+        outputs = self.new_outputs(values)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _check_query(self, given: Arguments) -> None:
@@ -188,8 +192,11 @@ class Op:
             torch._check(len(shape) == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {shape}")
 
     @functools.cached_property
-    def _before_cache(self) -> int:
-        return next(index for index, each in enumerate(self.arguments) if Role.CONTEXT in each.roles)
+    def _new(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+        # Both forms have the same arguments before those of the cache, and outputs are made of these.
+        names = [each.name for each in self.arguments[: self.before_cache]]
+        made_of = [_NEW[each.name] for each in self.outputs]
+        return [(names.index(source), new) for source, new in made_of]
 
     @functools.cached_property
     def _bound(self) -> Callable[..., Any]:

@@ -34,18 +34,20 @@ def test_layer_schema(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_values_of_the_kernel_from_those_of_the_layer(op: Op) -> None:
-    layer_values = tuple(each.name for each in op.layer_arguments)
-    cache = ("slot_mapping", "kv_cache", "kv_cache_dtype", "kv_cache_scale")
-    outputs = tuple(each.name for each in op.outputs)
-    for values in (layer_values, (*layer_values, "layer_name")):
-        assert op.kernel_values(values, cache, outputs) == tuple(each.name for each in op.arguments)
+def test_both_forms_agree_up_to_the_cache(op: Op) -> None:
+    """The layer op hands on what it is given, and puts in the cache's four and the outputs."""
+    names = [each.name for each in op.arguments]
+    layers = [each.name for each in op.layer_arguments]
+    cache = ["slot_mapping", "kv_cache", "kv_cache_dtype", "kv_cache_scale"]
+    assert names == [*layers[: op.before_cache], *cache, *(each.name for each in op.outputs)]
+    assert layers[op.before_cache :] == cache[2:]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_outputs_are_what_the_kernel_takes(op: Op) -> None:
     inputs = make_inputs(CASE.but(norm=Part.LATENT_NORM in op.parts))
-    outputs = op.new_outputs(op.bind(*inputs.args()))
+    outputs = op.new_outputs(inputs.args())
+    assert [output.shape for output in outputs] == [(5, 1, 64), (5, 512)][: len(outputs)]
     assert all(output.is_contiguous() for output in outputs)
     kernel.overload(op)(*inputs.args()[: -len(outputs)], *outputs)
     assert op.fake(*inputs.args()) is None

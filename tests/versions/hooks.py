@@ -20,7 +20,8 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_mla_fusion import identity, plugin
-from vllm_mla_fusion.host import cache_writer, layers, passes, report, support
+from vllm_mla_fusion.arguments import PLAIN
+from vllm_mla_fusion.host import cache_writer, layer_state, layers, passes, report, support
 
 from .stock_model import NUM_LAYERS
 
@@ -78,7 +79,7 @@ def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:
             found = layers.layer_context(_encode_layer_name(name))
         if not all(map(_is, found, (layer, layer.kv_cache, slots))):
             yield f"{name} is not found in the forward context"
-        if reason := cache_writer.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent):
+        if reason := cache_writer.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent.dtype):
             yield f"{name} would not be written: {reason}"
 
 
@@ -100,7 +101,7 @@ def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]
         yield "strict mode accepts layers that never ran the op"
     yield from _own_code_problems(config, wrapper.worker, model)
     for layer in layers.mla_layers(config).values():
-        report.saw_layer(layer, None, with_norm=False)
+        layer_state.of(layer).saw(PLAIN, None)
     if wrapper.compile_or_warm_up_model() != "times":
         yield "the warm-up's result is lost"
 
