@@ -23,6 +23,7 @@ from vllm_mla_fusion import identity, plugin
 from vllm_mla_fusion.arguments import PLAIN
 from vllm_mla_fusion.host import cache_writer, layer_state, layers, passes, report, support
 
+from . import slots
 from .stock_model import NUM_LAYERS
 
 BLOCKS, BLOCK_SIZE = 4, 64
@@ -42,6 +43,7 @@ def problems() -> Iterator[str]:
         yield "registering again hooks again"
     if probe := support.failed_probe():
         yield f"probe {probe} fails"
+    yield from slots.problems()
     if resolve_obj_by_qualname(current_platform.get_pass_manager_cls()) is not passes.FusionPassManager:
         yield f"the platform's pass manager is {current_platform.get_pass_manager_cls()}"
     if "VLLM_MLA_FUSION" not in envs.compile_factors():
