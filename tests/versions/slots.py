@@ -56,6 +56,7 @@ def _tables_of_v2() -> tuple[ModuleType, Any]:
         block_table_ptrs=torch.tensor([BLOCKS.data_ptr()]),
         block_table_strides=torch.tensor([BLOCKS.stride(0)]),
         block_sizes_tensor=torch.tensor([BLOCK_SIZE]),
+        kernel_block_sizes_tensor=torch.tensor([BLOCK_SIZE]),
         slot_mapping_enabled=torch.tensor([True]),
         dcp_sharded=torch.tensor([True]),
         slot_mappings=torch.full((1, BUFFER), STALE),
@@ -129,8 +130,9 @@ class _Language:
         )
         # Unmasked reads beyond the memory are the next bytes on a GPU, and are not used.
         index = torch.where(valid, offset, 0).clamp(max=pointer.memory.numel() - 1)
-        found = torch.where(valid, pointer.memory[index].long(), torch.as_tensor(other or 0))
-        return found if found.dim() else int(found)
+        read = pointer.memory[index]
+        found = torch.where(valid, read, torch.as_tensor(other or 0, dtype=read.dtype))
+        return found if found.dim() else found.item()
 
     @staticmethod
     def store(pointer: _Pointer, value: Any, mask: Any = None) -> None:
