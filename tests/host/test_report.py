@@ -18,9 +18,9 @@ if torch.cuda.is_available():
 from mla_layer import LORA, NOPE, ROT, Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
-from vllm_mla_fusion import kernel
+from vllm_mla_fusion import activation, kernel
 from vllm_mla_fusion.arguments import NORM, PLAIN
-from vllm_mla_fusion.host import config, layer_state, passes, report, support
+from vllm_mla_fusion.host import config, layer_state, report, support
 
 
 class OwnForward(Attention):
@@ -72,12 +72,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     monkeypatch.setattr(kernel, "load", lambda: SimpleNamespace(backend="cpu", archs=()))
     monkeypatch.setenv("MLA_FUSION", "1")
     report._left_alone.clear()
-    level = passes.logger.level
-    passes.logger.addHandler(handler)
-    passes.logger.setLevel(logging.DEBUG)
+    level = activation.logger.level
+    activation.logger.addHandler(handler)
+    activation.logger.setLevel(logging.DEBUG)
     yield found
-    passes.logger.removeHandler(handler)
-    passes.logger.setLevel(level)
+    activation.logger.removeHandler(handler)
+    activation.logger.setLevel(level)
 
 
 def warm_up(
@@ -246,4 +246,4 @@ def test_untested_release_is_told_once_per_engine(lines, monkeypatch: pytest.Mon
     assert level == logging.INFO
     newest = ".".join(map(str, support.NEWEST_TESTED))
     assert f"vLLM 0.99.1 is newer than the newest tested release ({newest})" in message
-    assert passes.logger.name.startswith("vllm."), "INFO is invisible elsewhere"
+    assert activation.logger.name.startswith("vllm."), "INFO is invisible elsewhere"
