@@ -11,7 +11,7 @@ namespace mla_fusion {
 using torch::stable::Tensor;
 
 // Checks the arguments, throws std::runtime_error (argument, expected, got) before anything is written, and runs the
-// kernel of the tensors' device on the current stream. The shapes are in kernel.py's docstring.
+// kernel of the tensors' device on the current stream. The shapes are in arguments.py.
 void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
                                      const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                      std::string kv_cache_dtype, const Tensor kv_cache_scale, Tensor k_pe_out);

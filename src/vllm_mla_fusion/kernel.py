@@ -3,34 +3,10 @@
 
 `concat_and_cache_mla_rope_fused` does, for each of `num_tokens` tokens: rotate every head of `q_pe` and the one head of
 `k_pe` by the angles of the token's position, write the rotated key to `k_pe_out`, and write `[kv_c | rotated key]` into
-the token's row of the KV cache. Arguments, in order:
-
-- `positions` `[num_tokens]`, int64 or int32, contiguous; rows of `cos_sin_cache`.
-- `q_pe` `[num_tokens, num_heads, rot_dim]`, bfloat16, float16 or float32 (the activation dtype); any token and head
-  stride, last dimension contiguous. **Rotated in place.**
-- `k_pe` `[num_tokens, rot_dim]` or `[num_tokens, 1, rot_dim]`, activation dtype, any token stride. Not mutated.
-- `kv_c` `[num_tokens, kv_lora_rank]`, activation dtype, any token stride. Not mutated.
-- `cos_sin_cache` `[max_position, rot_dim]`, float32 or activation dtype: cosines in the first half of a row, sines in
-  the second (vLLM's layout).
-- `is_neox`: pairs are `(i, i + rot_dim / 2)` if true (GPT-NeoX), else `(2i, 2i + 1)` (GPT-J).
-- `slot_mapping` `[num_slots]`, int64: the cache row of each token, `block * block_size + row in the block`. A negative
-  entry, or no entry, writes no cache row; `q_pe` and `k_pe_out` are rotated for all tokens all the same. Entries behind
-  the first `num_tokens` are not read.
-- `kv_cache` `[num_blocks, block_size, kv_lora_rank + rot_dim]` (fp8_ds_mla: `[num_blocks, block_size, 656]`), any block
-  and row stride. **Rows of the slots are written**, no other byte. An empty cache is not written.
-- `kv_cache_dtype`: `auto`, `bfloat16`, `float16` (cache in the activation dtype), `fp8`, `fp8_e4m3`, `fp8_e5m2` (cache
-  in uint8, OCP formats; the values divided by `kv_cache_scale`, saturated), `fp8_e4m3fnuz`, `fp8_e5m2fnuz` (the same in
-  the formats of AMD's gfx94x; on the CPU and on ROCm), `fp8_ds_mla` (uint8 rows of FlashMLA's sparse attention, for
-  `kv_lora_rank` 512, `rot_dim` 64 and 16-bit activations: 512 values in e4m3, four float32 scales, 64 rope values as
-  they are; the scale of 128 values is their largest magnitude over 448, at least the smallest normal float32).
-- `kv_cache_scale`: one float32 on the device, no subnormal; read by the fp8 kinds only, not by `fp8_ds_mla`.
-- `k_pe_out` `[num_tokens, 1, rot_dim]`, contiguous. **Every row is written.**
-
-`torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused` takes the raw latent instead: `kv_c` is followed by
-`kv_c_weight` `[kv_lora_rank]` (activation dtype) and `epsilon`, and `k_pe_out` by `kv_c_normed_out`
-`[num_tokens, kv_lora_rank]`, contiguous, **every row written** with the RMSNorm of `kv_c`; that is also what is cached.
-The norm is computed in float32 and rounded once after the multiplication by the weight, as vLLM's compiled graphs do;
-the order of the sum is our own, so that a value next to a rounding boundary may fall to its other side.
+the token's row of the KV cache. `norm_concat_and_cache_mla_rope_fused` takes the raw latent instead: **every row** of
+`kv_c_normed_out` is written with the RMSNorm of `kv_c`, and that is also what is cached. The norm is computed in
+float32 and rounded once after the multiplication by the weight, as vLLM's compiled graphs do; the order of the sum is
+our own, so that a value next to a rounding boundary may fall to its other side. `arguments` describes what they take.
 
 Models with q-LoRA have a GEMM, `q_b`, between the latent's part and the query's; two ops take the place of the one:
 
@@ -71,7 +47,7 @@ from typing import Any
 
 import torch
 
-from vllm_mla_fusion import activation
+from vllm_mla_fusion import activation, arguments
 from vllm_mla_fusion.jit import build, target
 from vllm_mla_fusion.jit import library as jit_library
 from vllm_mla_fusion.jit.library import Library
@@ -89,8 +65,8 @@ def library() -> Library:
         build.BuildError: it cannot be built or loaded; the message has the compiler's output and the remedy.
     """
     found = jit_library.load(torch.ops.load_library, _say, FAILURE_LASTS_SECONDS)
-    torch.library.register_fake(f"{NAMESPACE}::concat_and_cache_mla_rope_fused", _fake)
-    torch.library.register_fake(f"{NAMESPACE}::norm_concat_and_cache_mla_rope_fused", _norm_fake)
+    for each in arguments.OPS:
+        torch.library.register_fake(f"{NAMESPACE}::{each.name}", each.fake)
     torch.library.register_fake(f"{NAMESPACE}::norms_rope_concat_and_cache_mla", _norms_fake)
     torch.library.register_fake(f"{NAMESPACE}::rope_query", _rope_query_fake)
     return found
@@ -145,17 +121,20 @@ def failure_in_short() -> str | None:
 
 
 @functools.cache
+def overload(op: arguments.Op) -> Any:
+    """The kernel's op as an OpOverload, loaded if need be."""
+    load()
+    return getattr(getattr(torch.ops, NAMESPACE), op.name).default
+
+
 def op() -> Any:
     """`mla_fusion::concat_and_cache_mla_rope_fused` as an OpOverload, loaded if need be."""
-    load()
-    return torch.ops.mla_fusion.concat_and_cache_mla_rope_fused.default
+    return overload(arguments.PLAIN)
 
 
-@functools.cache
 def norm_op() -> Any:
     """`mla_fusion::norm_concat_and_cache_mla_rope_fused` as an OpOverload, loaded if need be."""
-    load()
-    return torch.ops.mla_fusion.norm_concat_and_cache_mla_rope_fused.default
+    return overload(arguments.NORM)
 
 
 @functools.cache
@@ -172,25 +151,7 @@ def rope_query_op() -> Any:
     return torch.ops.mla_fusion.rope_query.default
 
 
-def check_shapes(q_pe: torch.Tensor, k_pe_out: torch.Tensor) -> None:
-    """What the fakes of all ops check."""
-    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
-    expected = (q_pe.shape[0], 1, q_pe.shape[2])
-    torch._check(k_pe_out.shape == expected, lambda: f"k_pe_out must be {expected}, got {tuple(k_pe_out.shape)}")
-    torch._check(k_pe_out.dtype == q_pe.dtype, lambda: f"k_pe_out must have dtype {q_pe.dtype}, got {k_pe_out.dtype}")
-
-
 # The fakes name what they look at; the outputs come last.
-def _fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
-    check_shapes(q_pe, rest[-1])
-
-
-def _norm_fake(positions: torch.Tensor, q_pe: torch.Tensor, k_pe: torch.Tensor, kv_c: torch.Tensor, *rest: Any) -> None:
-    k_pe_out, kv_c_normed_out = rest[-2:]
-    check_shapes(q_pe, k_pe_out)
-    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
-
-
 def _norms_fake(
     positions: torch.Tensor,
     q_c: torch.Tensor,

@@ -35,7 +35,7 @@ def register() -> None:
 
 
 def _activate(mode: Mode) -> None:
-    from vllm_mla_fusion.host import hooks, layer_ops, support
+    from vllm_mla_fusion.host import graph_dump, hooks, layer_ops, support
 
     is_supported, status = support.support_status()
     failed_probe = support.failed_probe() if is_supported else None
@@ -49,7 +49,14 @@ def _activate(mode: Mode) -> None:
         return
     # Compiled graphs from vLLM's cache call the op without any pass having run.
     layer_ops.register()
+    graph_dump.facts_from(_doctors_report)
     hooks.install_hooks(_prepare_config, _before_device, _after_warm_up)
+
+
+def _doctors_report() -> Any:
+    from vllm_mla_fusion.tools import doctor
+
+    return doctor.as_json(doctor.diagnose())
 
 
 def _prepare_config(vllm_config: Any, splitting_ops_are_default: bool) -> None:

@@ -7,6 +7,7 @@ vLLM is made of stand-ins here; the real releases are in tests/versions and test
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 import vllm_mla_fusion
 from vllm_mla_fusion import activation, identity, kernel, plugin
-from vllm_mla_fusion.host import hooks, layer_ops, passes, report, support
+from vllm_mla_fusion.host import config, hooks, layer_ops, passes, report, support
 from vllm_mla_fusion.jit import target
 from vllm_mla_fusion.tools import model_check
 
@@ -117,6 +118,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(support, "support_status", lambda: (True, "supported"))
     monkeypatch.setattr(support, "failed_probe", lambda: None)
     monkeypatch.setattr(layer_ops, "register", lambda: None)
+    monkeypatch.setattr(config, "layer_names_are_inputs", lambda: True)
     monkeypatch.setattr(identity, "_kernel_expected", threading.Event())
     monkeypatch.setattr(kernel, "failure", lambda: None)
     monkeypatch.setattr(target, "lacks_gpu", lambda: False)
@@ -416,6 +418,35 @@ def test_hisparse_is_left_alone(vllm, warnings, monkeypatch: pytest.MonkeyPatch)
     attention = SimpleNamespace(hisparse_config=object())
     assert_stays_stock(vllm, warnings, monkeypatch, "HiSparse", attention_config=attention)
     assert not identity._kernel_expected.is_set()
+
+
+def test_kv_scales_that_are_measured_are_left_alone(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their op stands between RoPE and the cache write (0.20 to 0.27), and the write reads the scale that it finds."""
+    cache = SimpleNamespace(calculate_kv_scales=True)
+    assert_stays_stock(vllm, warnings, monkeypatch, "start vLLM without it", cache_config=cache)
+    assert "--calculate-kv-scales measures the rotated query" in warnings[0]
+
+
+def test_layer_names_in_the_graphs_are_left_alone(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "layer_names_are_inputs", lambda: False)
+    assert_stays_stock(vllm, warnings, monkeypatch, "unset VLLM_USE_LAYERNAME")
+
+
+def test_layer_names_in_the_one_graph_of_inductors_partition(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "layer_names_are_inputs", lambda: False)
+    compilation = vllm.Config().compilation_config
+    compilation.use_inductor_graph_partition = True
+    assert config.config_problem(SimpleNamespace(parallel_config=None, compilation_config=compilation)) is None
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_vllm_says_where_layer_names_are(value: str) -> None:
+    """In a process of its own: vLLM reads the variable when it is imported."""
+    pytest.importorskip("vllm")
+    script = "from vllm_mla_fusion.host import layers; print(layers.layer_names_are_inputs())"
+    environ = {**os.environ, "VLLM_USE_LAYERNAME": value, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == str(value == "1")
 
 
 def test_failed_build(vllm, warnings, monkeypatch: pytest.MonkeyPatch) -> None:

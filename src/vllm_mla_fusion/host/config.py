@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_mla_fusion.host import support
+from vllm_mla_fusion.host.layers import layer_names_are_inputs
 from vllm_mla_fusion.host.support import UPDATE_OP
 
 
@@ -43,7 +44,24 @@ def config_problem(vllm_config: Any) -> str | None:
         return "prefill context parallelism gathers the latents on the host before they are cached"
     if getattr(getattr(vllm_config, "attention_config", None), "hisparse_config", None) is not None:
         return "HiSparse redirects the cache write on the host"
-    return None
+    if getattr(getattr(vllm_config, "cache_config", None), "calculate_kv_scales", False):
+        return (
+            "--calculate-kv-scales measures the rotated query and the latent after RoPE and before the cache write, "
+            "which are one kernel here; start vLLM without it: with a checkpoint that has scales, or with scale 1.0"
+        )
+    return _layer_name_problem(vllm_config.compilation_config)
+
+
+def _layer_name_problem(compilation_config: Any) -> str | None:
+    """Graphs of vLLM's Dynamo partition are compiled once for all layers unless the layer's name is a part of them."""
+    is_one_graph = getattr(compilation_config, "use_inductor_graph_partition", False)
+    if mode(compilation_config) != "VLLM_COMPILE" or is_one_graph or layer_names_are_inputs():
+        return None
+    return (
+        "layer names are constants of the graphs (VLLM_USE_LAYERNAME=0, or a torch older than 2.11), so that with the "
+        "cache update in them each layer would be compiled by itself, in about 13 times the time; unset "
+        "VLLM_USE_LAYERNAME"
+    )
 
 
 def update_problem(vllm_config: Any) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_mla_fusion import activation, identity
-from vllm_mla_fusion.host import cache_writer, config, passes, support
+from vllm_mla_fusion.host import cache_writer, config, layer_state, layers, passes, support
 from vllm_mla_fusion.host.support import PATCHED, UPDATE_OP
 
 _ENVIRONMENT_FACTOR = "VLLM_MLA_FUSION"
@@ -70,7 +70,8 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
     def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         cache_writer.try_stock_writers(self)
         call = functools.partial(stock_warm_up, self) if stock_warm_up else self.worker.compile_or_warm_up_model
-        result = call(*args, **kwargs)
+        with layer_state.watching(_layers_of(self)):
+            result = call(*args, **kwargs)
         with activation.warn_unless_strict("the number of fused layers could not be told"):
             # Executors of one worker each (external launcher) number all of them 0; the worker knows its rank.
             after_warm_up(self.vllm_config, self.worker, getattr(self.worker, "rank", self.rpc_rank))
@@ -79,6 +80,14 @@ def _hook_worker(before_device: BeforeDevice, after_warm_up: AfterWarmUp) -> Non
     setattr(init_device, PATCHED, True)
     wrapper_class.init_device = init_device
     wrapper_class.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def _layers_of(wrapper: Any) -> list[Any]:
+    try:
+        return list(layers.mla_layers(wrapper.vllm_config).values())
+    except Exception:
+        # Told after the warm-up, where the same is asked.
+        return []
 
 
 def _hook_pass_manager() -> None:

@@ -11,165 +11,74 @@ from typing import Any
 import torch
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.host import cache_writer, layers, report
-
-_NAME = "fused_concat_and_cache_mla_rope"
-_NORM_NAME = "fused_norm_concat_and_cache_mla_rope"
+from vllm_mla_fusion.arguments import NORM, PLAIN, Op
+from vllm_mla_fusion.host import layer_state, layers
 
 
 @dataclass(frozen=True)
 class LayerOps:
-    """The two ops of this module as OpOverloads."""
+    """The ops of this module as OpOverloads."""
 
     plain: Any
     norm: Any
 
 
-def fused_concat_and_cache_mla_rope(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    layer_name: Any,
-) -> torch.Tensor:
-    """RoPE on `q_pe` and `k_pe` and the cache write of one MLA layer of the running vLLM engine.
+def _function(op: Op) -> Callable[..., Any]:
+    """The Python function of a layer op: RoPE and the cache write of one MLA layer of the running vLLM engine.
 
-    The arguments are those of `kernel.py`; the layer's cache and slot mapping come from vLLM's forward context. A layer
-    whose cache our kernel may not write is rotated here and written by vLLM's own function. Without a slot mapping
-    (profiling run) or cache nothing is written.
-
-    Args:
-        layer_name: vLLM's name of the layer, as the release at hand passes it to its own ops (a string or `LayerName`).
+    The layer's cache and slot mapping come from vLLM's forward context. A layer whose cache our kernel may not write is
+    rotated here and written by vLLM's own function. Without a slot mapping (profiling run) or cache nothing is written.
 
     Returns:
-        `k_pe_out` `[num_tokens, 1, rot_dim]`, fresh and contiguous, every row defined. `q_pe` is rotated in place;
-        `k_pe` is not mutated: vLLM's attention op reads it across a graph partition, and a mutated strided view would
-        have to be copied there.
-
-    Raises:
-        RuntimeError: an argument does not fit (see `kernel.py`), or there is no forward context.
+        A function of `op.layer_arguments` (see `arguments.Arguments`) and vLLM's name of the layer, as the release at
+        hand passes it to its own ops (a string or `LayerName`). It returns the op's outputs, each fresh, contiguous and
+        wholly defined: `k_pe_out`, and `kv_c_normed` of the op with norm. `q_pe` is rotated in place; `k_pe` is not
+        mutated: vLLM's attention op reads it across a graph partition, and a mutated strided view would have to be
+        copied there. RuntimeError: an argument does not fit, or there is no forward context.
     """
-    k_pe_out = _new_key(q_pe, k_pe)
-    target = _write_target(q_pe, kv_c, kv_cache_dtype, layer_name)
-    packed_q_pe = _packed(q_pe)
-    inputs = (positions, packed_q_pe, _packed(k_pe), _packed(kv_c), cos_sin_cache, is_neox)
-    kernel.op()(*inputs, target.slots, target.kv_cache, target.kv_cache_dtype, kv_cache_scale, k_pe_out)
-    if packed_q_pe is not q_pe:
-        q_pe.copy_(packed_q_pe)
-    if target.by_stock:
-        layers.stock_cache_update(kv_c, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
-    return k_pe_out
+    names = [each.name for each in op.layer_arguments]
+    q_pe, k_pe, kv_c = map(names.index, ("q_pe", "k_pe", "kv_c"))
+    dtype, scale = map(names.index, ("kv_cache_dtype", "kv_cache_scale"))
+    before_cache, new_outputs = op.before_cache, op.new_outputs
+    has_norm = len(op.outputs) > 1
+    layer_context, state_of = layers.layer_context, layer_state.of
+
+    # Prefill steps outside CUDA graphs wait for these lines in each layer: what can be, is looked up above.
+    def run(*values: Any) -> Any:
+        outputs = new_outputs(values)
+        layer, kv_cache, slots = layer_context(values[-1])
+        state = state_of(layer)
+        if state.is_watched:
+            state.saw(op, values[q_pe])
+        is_stock = False
+        kernels_dtype = "auto"
+        if slots is None or kv_cache.numel() == 0:
+            slots, kv_cache = _nowhere(values[kv_c])
+        else:
+            decision = state.decide(layer, kv_cache, values[dtype], values[kv_c])
+            kernels_dtype = decision.kernels_dtype
+            is_stock = decision.reason is not None
+            if is_stock:
+                slots, kv_cache = _nowhere(values[kv_c])
+                kernels_dtype = "auto"
+        given = values[:before_cache]
+        # What Inductor computes itself may reach an op in another layout than traced.
+        if not values[q_pe].stride(-1) == values[k_pe].stride(-1) == values[kv_c].stride(-1) == 1:
+            given = [each.contiguous() if isinstance(each, torch.Tensor) else each for each in given]
+        kernel.overload(op)(*given, slots, kv_cache, kernels_dtype, values[scale], *outputs)
+        if given[q_pe] is not values[q_pe]:
+            values[q_pe].copy_(given[q_pe])
+        if is_stock:
+            latent = outputs[1] if has_norm else values[kv_c]
+            layers.stock_cache_update(latent, outputs[0], values[-1], values[dtype], values[scale])
+        return outputs if has_norm else outputs[0]
+
+    return run
 
 
-def fused_norm_concat_and_cache_mla_rope(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    kv_c_weight: torch.Tensor,
-    epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    layer_name: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fused_concat_and_cache_mla_rope` with the RMSNorm of the latent before it.
-
-    Args:
-        kv_c: `[num_tokens, kv_lora_rank]`, the raw latent, usually a strided view of the qkv_a output. Not mutated.
-        kv_c_weight: `[kv_lora_rank]`, the norm's weight, in the activation dtype.
-        epsilon: added to the mean of squares.
-
-    Returns:
-        `(k_pe_out, kv_c_normed)`; `kv_c_normed` `[num_tokens, kv_lora_rank]` is fresh, contiguous and wholly defined.
-    """
-    k_pe_out = _new_key(q_pe, k_pe)
-    kv_c_normed = torch.empty(kv_c.shape, dtype=kv_c.dtype, device=kv_c.device)
-    target = _write_target(q_pe, kv_c, kv_cache_dtype, layer_name, with_norm=True)
-    packed_q_pe = _packed(q_pe)
-    inputs = (positions, packed_q_pe, _packed(k_pe), _packed(kv_c), kv_c_weight, epsilon, cos_sin_cache, is_neox)
-    outputs = (k_pe_out, kv_c_normed)
-    kernel.norm_op()(*inputs, target.slots, target.kv_cache, target.kv_cache_dtype, kv_cache_scale, *outputs)
-    if packed_q_pe is not q_pe:
-        q_pe.copy_(packed_q_pe)
-    if target.by_stock:
-        layers.stock_cache_update(kv_c_normed, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
-    return k_pe_out, kv_c_normed
-
-
-@dataclass(frozen=True)
-class _Target:
-    """Where the kernel writes: nowhere (no slots) if vLLM's own function does it, or nobody."""
-
-    slots: torch.Tensor
-    kv_cache: torch.Tensor
-    kv_cache_dtype: str
-    by_stock: bool
-
-
-def _write_target(
-    q_pe: torch.Tensor, kv_c: torch.Tensor, kv_cache_dtype: str, layer_name: Any, with_norm: bool = False
-) -> _Target:
-    layer, kv_cache, slot_mapping = layers.layer_context(layer_name)
-    if slot_mapping is None or kv_cache.numel() == 0:
-        reason = None
-    else:
-        reason = cache_writer.why_not_replaced(layer, kv_cache, kv_cache_dtype, kv_c)
-        if reason is None:
-            report.saw_layer(layer, None, with_norm)
-            return _Target(slot_mapping, kv_cache, cache_writer.kernel_cache_dtype(kv_cache_dtype), by_stock=False)
-    report.saw_layer(layer, reason, with_norm)
-    no_slots = torch.empty(0, dtype=torch.int64, device=q_pe.device)
-    return _Target(no_slots, kv_c.new_empty(0), "auto", by_stock=reason is not None)
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """With a contiguous last dimension: what Inductor computes itself may reach an op in another layout than traced."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _new_key(q_pe: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
-    num_tokens, _, rot_dim = q_pe.shape
-    return torch.empty((num_tokens, 1, rot_dim), dtype=k_pe.dtype, device=k_pe.device)
-
-
-def _fake(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    layer_name: Any,
-) -> torch.Tensor:
-    k_pe_out = k_pe.new_empty((q_pe.shape[0], 1, q_pe.shape[-1]))
-    kernel.check_shapes(q_pe, k_pe_out)
-    return k_pe_out
-
-
-def _norm_fake(
-    positions: torch.Tensor,
-    q_pe: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    kv_c_weight: torch.Tensor,
-    epsilon: float,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    kv_cache_dtype: str,
-    kv_cache_scale: torch.Tensor,
-    layer_name: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    k_pe_out = k_pe.new_empty((q_pe.shape[0], 1, q_pe.shape[-1]))
-    kernel.check_shapes(q_pe, k_pe_out)
-    return k_pe_out, kv_c.new_empty(kv_c.shape)
+def _nowhere(kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slots, cache) of a call that writes no cache."""
+    return torch.empty(0, dtype=torch.int64, device=kv_c.device), kv_c.new_empty(0)
 
 
 @functools.cache
@@ -179,22 +88,15 @@ def _library() -> torch.library.Library:
 
 @functools.cache
 def register() -> LayerOps:
-    """Registers both ops with the layer-name type of the vLLM at hand."""
-    layer_name = f"{layers.layer_name_schema_type()} layer_name"
-    rest = f"Tensor cos_sin_cache, bool is_neox, str kv_cache_dtype, Tensor kv_cache_scale, {layer_name}"
-    tensors = "Tensor positions, Tensor(a!) q_pe, Tensor k_pe, Tensor kv_c"
-    norm = "Tensor kv_c_weight, float epsilon"
-    _define(_NAME, f"({tensors}, {rest}) -> Tensor", fused_concat_and_cache_mla_rope, _fake)
-    _define(
-        _NORM_NAME, f"({tensors}, {norm}, {rest}) -> (Tensor, Tensor)", fused_norm_concat_and_cache_mla_rope, _norm_fake
-    )
-    namespace = torch.ops.mla_fusion
-    return LayerOps(getattr(namespace, _NAME).default, getattr(namespace, _NORM_NAME).default)
+    """Registers the ops with the layer-name type of the vLLM at hand."""
+    return LayerOps(plain=_define(PLAIN), norm=_define(NORM))
 
 
-def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(op: Op) -> Any:
     # Any layout of the inputs will do; a copy to a wanted one would take the in-place query away.
-    _library().define(name + schema, tags=(torch.Tag.flexible_layout,))
+    _library().define(op.layer_schema(layers.layer_name_schema_type()), tags=(torch.Tag.flexible_layout,))
+    function = _function(op)
     for dispatch_key in ("CPU", "CUDA"):
-        _library().impl(name, function, dispatch_key)
-    _library()._register_fake(name, fake)
+        _library().impl(op.layer_name, function, dispatch_key)
+    _library()._register_fake(op.layer_name, op.layer_fake)
+    return getattr(getattr(torch.ops, kernel.NAMESPACE), op.layer_name).default

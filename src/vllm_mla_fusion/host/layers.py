@@ -27,6 +27,11 @@ def layer_name_schema_type() -> str:
     return schema.removeprefix("(").split(" layer_name")[0]
 
 
+def layer_names_are_inputs() -> bool:
+    """Whether vLLM hands layer names to its graphs (`LayerName`) instead of writing them into these (strings)."""
+    return importlib.import_module("vllm.utils.torch_utils").LayerNameType is not str
+
+
 @functools.cache
 def runtime() -> tuple[Callable[[Any], str], Callable[[str], tuple[Any, Any, Any, Any]], Any]:
     """(resolve a layer name, get its attention context, the module of MLA attention) of the vLLM at hand."""

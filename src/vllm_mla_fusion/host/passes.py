@@ -13,10 +13,9 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, identity, kernel
-from vllm_mla_fusion.activation import logger
 from vllm_mla_fusion.fx import fusion, in_place
 from vllm_mla_fusion.fx.ops import FusionOps, RotaryOp
-from vllm_mla_fusion.host import layer_ops, report
+from vllm_mla_fusion.host import graph_dump, layer_ops, report
 from vllm_mla_fusion.host.config import config_problem, update_problem
 from vllm_mla_fusion.host.support import INDUCTOR_PASS, MLA_ATTENTION, PATCHED
 
@@ -54,18 +53,29 @@ def _op(namespace: str, name: str) -> Any | None:
 
 
 def fuse(graph: fx.Graph) -> None:
-    """Runs the fusion and remembers for the report why sites were left alone. Never raises: a server must not stop."""
+    """Runs the fusion and remembers for the report why sites were left alone.
+
+    Raises:
+        PassFailedError: only in strict mode: the pass failed. Otherwise a server does not stop for it.
+    """
+    before = None
     try:
         ops = fusion_ops()
         if not graph.find_nodes(op="call_function", target=ops.update):
             return
         # The report tells of a kernel that is not available, whatever the graphs look like.
-        if kernel.failure() is None:
-            result = fusion.fuse(graph, ops)
-            report.left_alone(result.reasons, result.without_rope)
+        if kernel.failure() is not None:
+            return
+        before = graph_dump.copy_of(graph)
+        result = fusion.fuse(graph, ops)
+        report.left_alone(result.reasons, result.without_rope)
+        errors = result.errors
+        what = "the pass could not read a part of a graph, which runs as stock vLLM"
     except Exception as error:
-        logger.warning("The MLA fusion pass failed; this graph runs as stock vLLM.", exc_info=True)
         report.left_alone([f"the pass failed: {error!r}"])
+        errors, what = [error], "the pass failed; this graph runs as stock vLLM"
+    for each in errors:
+        graph_dump.pass_failed(what, each, before or graph)
 
 
 def defunctionalise(graph: fx.Graph) -> None:
@@ -73,10 +83,15 @@ def defunctionalise(graph: fx.Graph) -> None:
 
     Raises:
         Exception: the step failed twice. Compiling must end here: tokens would be wrong.
+        PassFailedError: only in strict mode: it failed once.
     """
-    result = in_place.defunctionalise(graph, fusion_ops())
+    ops = fusion_ops()
+    before = graph_dump.copy_of(graph) if in_place.has_calls(graph, ops) else None
+    result = in_place.defunctionalise(graph, ops)
     if result.error is not None:
-        logger.warning("The MLA fusion's last step failed; this graph copies q_pe.", exc_info=result.error)
+        graph_dump.pass_failed(
+            "the pass failed in its last step; this graph copies q_pe", result.error, before or graph
+        )
 
 
 class InductorHook(CustomGraphPass):

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vllm_mla_fusion.host import slots
 from vllm_mla_fusion.release import release
 
 OLDEST = (0, 20)
@@ -83,7 +84,7 @@ def failed_probe() -> str | None:
         for attribute in attributes:
             if not hasattr(found, attribute):
                 return f"{module}.{name}.{attribute}"
-    return _missing_in_workers()
+    return _missing_in_workers() or slots.missing_fill()
 
 
 def _missing_in_workers() -> str | None:
