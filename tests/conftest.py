@@ -106,5 +106,8 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
         if not mark:
             item.add_marker(pytest.mark.xdist_group(name))
         groups[kind][name].append(item)
-    in_turn = chain.from_iterable(zip_longest(groups["engine"].values(), groups["versions"].values(), fillvalue=[]))
+    # Servers, then single engines; the matrix's releases, then ROCm's.
+    engines = sorted(groups["engine"].values(), key=len, reverse=True)
+    releases = reversed(groups["versions"].values())
+    in_turn = chain.from_iterable(zip_longest(engines, releases, fillvalue=[]))
     return list(chain.from_iterable([*in_turn, *groups["other"].values()]))

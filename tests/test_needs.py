@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 ONE_OF_EACH = {
     "gpu": "kernel/test_kernel.py::test_cuda_graph_and_current_stream",

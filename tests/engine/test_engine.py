@@ -81,7 +81,8 @@ def off_and_on(cache: Path, mode: str = "1", **options: Any) -> tuple[Run, Run]:
 @pytest.mark.parametrize("rope", list(ROPES))
 def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.FixtureRequest) -> None:
     """Off, on, and strict from the warm cache: identical greedy tokens, equal accuracy."""
-    options = {"engine": ROPES[rope]}
+    # The core in its own process, as by default, costs seconds: it is the default engine's.
+    options = {"engine": ROPES[rope], "in_process": rope != "default"}
     off = request.getfixturevalue("stock") if rope == "default" else engine("", cache, problems=400, **options)
     on = engine("1", cache, problems=400, **options)
     assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
@@ -169,7 +170,8 @@ def test_kv_connector(cache: Path, tmp_path: Path, stock_tokens: list[list[int]]
     }
     # The connector stores only prompts that are prefilled in one step.
     options = {"kv_transfer_config": connector, "max_num_batched_tokens": 8192}
-    runs = [engine(mode, cache, prompts=count, engine=options) for mode, count in (("", 4), ("1", 8), ("0", 8))]
+    each = {"in_process": True, "engine": options}
+    runs = [engine(mode, cache, prompts=count, **each) for mode, count in (("", 4), ("1", 8), ("0", 8))]
     assert [run.returncode for run in runs] == [0, 0, 0], "".join(run.log[-3000:] for run in runs)
     assert [run.log.count("External Cache Hit!") for run in runs] == [0, 4, 8]
     assert runs[1].log.count(FUSED) == 1
@@ -207,7 +209,7 @@ def test_draft_model(method: str, cache: Path, tmp_path: Path) -> None:
     # MLA on the CPU has no chunked prefill; with a draft model vLLM does not raise the limit to the longest prompt.
     options = {"speculative_config": speculative, "max_num_batched_tokens": 2048}
     spec = {"prompts": 16, "engine": {**models, **options}}
-    off, on = off_and_on(cache, **spec)
+    off, on = off_and_on(cache, in_process=True, **spec)
     assert on.log.count("7 of 7 MLA layers fused") == 1
     assert on.result["tokens"] == off.result["tokens"]
 
