@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from itertools import chain, zip_longest
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker and its engines, on whichever core is free, before torch starts more: small tensors
@@ -23,6 +24,7 @@ import pytest
 import torch
 from engine_run import MODEL
 
+COMPILE_ONCE = Path(__file__).parent / "engine" / "compile_once"
 # Set by .ci/run: what would be skipped fails, unless it needs a GPU.
 LEAVE_NONE_OUT = os.environ.get("MLA_TEST_LEAVE_NONE_OUT") == "1"
 
@@ -62,6 +64,18 @@ NEEDS: dict[str, Callable[[], str | None]] = {
     "versions": functools.cache(_no_releases),
 }
 HEAVY = (*NEEDS, "slow")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Engines on the CPU compile Inductor's C++ once, whichever test starts them."""
+    cache, compiler = getattr(item.config, "cache", None), shutil.which("g++")
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("engine") and NEEDS["gpu"]() and cache and compiler:
+            patch.setenv("MLA_TEST_CXX", compiler)
+            patch.setenv("MLA_TEST_CXX_CACHE", str(cache.mkdir(f"inductor-{torch.__version__}")))
+            patch.setenv("PATH", str(COMPILE_ONCE), prepend=os.pathsep)
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
