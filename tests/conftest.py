@@ -115,13 +115,17 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
     groups: dict[str, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         kind = next((marker for marker in ("engine", "versions") if item.get_closest_marker(marker)), "other")
-        mark = item.get_closest_marker("xdist_group")
-        name = mark.args[0] if mark else str(item.path) if kind == "other" else item.nodeid
-        if not mark:
-            item.add_marker(pytest.mark.xdist_group(name))
+        name = str(item.path) if kind == "other" or _shares_with_its_file(item) else item.nodeid
+        item.add_marker(pytest.mark.xdist_group(name))
         groups[kind][name].append(item)
     # Servers, then single engines; the matrix's releases, then ROCm's.
     engines = sorted(groups["engine"].values(), key=len, reverse=True)
     releases = reversed(groups["versions"].values())
     in_turn = chain.from_iterable(zip_longest(engines, releases, fillvalue=[]))
     return list(chain.from_iterable([*in_turn, *groups["other"].values()]))
+
+
+def _shares_with_its_file(item: pytest.Item) -> bool:
+    """Whether a fixture is made once for the tests of its file."""
+    fixtures = chain.from_iterable(item._fixtureinfo.name2fixturedefs.values())
+    return any(fixture.scope in ("module", "package") for fixture in fixtures)

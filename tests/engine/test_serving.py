@@ -27,8 +27,7 @@ from tiny_models import v2_lite
 
 pytest.importorskip("vllm")
 
-# The requests are sent once to each server: one process must run all that ask about them.
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("serving")]
+pytestmark = pytest.mark.engine
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
