@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def run(
         python: interpreter whose vLLM is run.
         spec: what `engine_run.py` is asked for.
     """
-    spec_file, result_file = cache / "spec.json", cache / "result.json"
+    # Of this run alone: others may run beside it over the same cache.
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=cache))
+    spec_file, result_file, log_file = folder / "spec.json", folder / "result.json", folder / "log.txt"
     spec_file.write_text(json.dumps(spec))
-    result_file.unlink(missing_ok=True)
     environment = {
         **os.environ,
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
@@ -60,7 +62,6 @@ def run(
     environment.pop("MLA_FUSION", None)
     if mode:
         environment["MLA_FUSION"] = mode
-    log_file = cache / "log.txt"
     command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
     returncode = _run_to_its_end(command, environment | (environ or {}), log_file)
     result = json.loads(result_file.read_text()) if result_file.exists() else {}

@@ -526,6 +526,7 @@ def test_waiting_processes_share_a_failure(csrc, gate):
     assert sum("building the cpu kernel" in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_twenty_killed_builds(root):
     """SIGKILL at random moments: never a half build, no hang, no compiler that goes on, the next build is right."""
     moments = random.Random(6)

@@ -29,6 +29,8 @@ from test_kernel import V2_LITE, V3_RANK
 
 from vllm_mla_fusion import kernel
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     *test_kernel.CASES,
     *test_kernel.NORM_CASES,

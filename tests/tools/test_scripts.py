@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ def checkout(tmp_path: Path) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     program(root / ".ci/setup", "echo setup >&2")
+    program(root / ".ci/check_cuda", "")
     program(root / ".venv/bin/python", '[ "$1" = -c ] && echo 0.17.1 || echo "Prompt: $*"')
     program(tmp_path / "bin/dpkg", "exit 1")
     program(tmp_path / "bin/apt-get", "echo 'no network' >&2; exit 100")
@@ -60,10 +60,19 @@ def test_try_on_cpu_without_a_model(checkout: Path, tmp_path: Path) -> None:
     assert "no model in ../shared/models/tiny-mla" in result.stderr
 
 
-def test_hip_tests_are_left_out_where_root_is_needed(checkout: Path) -> None:
+XDIST = "-n 2 --dist loadgroup --no-loadscope-reorder"
+LIGHT_THEN_REST = [f"Prompt: -m pytest -q {XDIST} -m {selection}" for selection in ("light", "not light")]
+
+
+def test_arguments_go_to_pytest(checkout: Path) -> None:
+    result = run(checkout / ".ci/test", "-m", "light", "tests/fx", cwd=checkout, MLA_TEST_WORKERS="3")
+    assert result.stdout == f"Prompt: -m pytest -q {XDIST.replace('2', '3')} -m light tests/fx\n"
+
+
+def test_without_root_the_hip_tests_skip_themselves(checkout: Path) -> None:
     result = run(checkout / ".ci/test", cwd=checkout, uid=1000)
     assert result.returncode == 0, result.stderr
-    assert "Prompt: -m pytest -q -m not gpu and not versions and not hip\n" in result.stdout
+    assert result.stdout.splitlines() == LIGHT_THEN_REST
     assert result.stderr.count("takes root: tests marked hip cannot run") == 1
     assert "no network" not in result.stderr
 
@@ -74,25 +83,32 @@ def test_root_gets_the_hip_tests_or_a_failure(checkout: Path, tmp_path: Path) ->
     program(tmp_path / "bin/dpkg", "exit 0")
     result = run(checkout / ".ci/test", cwd=checkout)
     assert result.returncode == 0, result.stderr
-    assert "-m not gpu and not versions\n" in result.stdout
+    assert result.stdout.splitlines() == LIGHT_THEN_REST
+
+
+@pytest.mark.parametrize("failing", ["light", "not light"])
+def test_a_failure_of_either_half_is_one(failing: str, checkout: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin/dpkg", "exit 0")
+    program(checkout / ".venv/bin/python", f'case "$*" in *"-m {failing}") exit 1;; *-c*) echo 0.17.1;; esac')
+    assert run(checkout / ".ci/test", cwd=checkout).returncode == 1
 
 
 def test_ci_leaves_nothing_out(checkout: Path, tmp_path: Path) -> None:
-    """Neither without the model nor without the compilers does it come to a test."""
+    """Neither without the model nor without the compilers does it come to a test; then the README's command runs."""
     absent = run(checkout / ".ci/run", cwd=checkout)
     assert absent.returncode == 1
     assert "name its folder in MLA_TEST_MODEL" in absent.stderr
     (tmp_path / "config.json").touch()
     no_compilers = run(checkout / ".ci/run", cwd=checkout, uid=1000, MLA_TEST_MODEL=str(tmp_path))
-    assert (no_compilers.returncode, no_compilers.stdout) == (3, "")
+    assert no_compilers.returncode == 3
+    assert "pytest" not in no_compilers.stdout
     assert "tests marked hip cannot run" in no_compilers.stderr
-
-
-def test_engine_tests_say_which_model_they_lack(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_offline_inference"]
-    result = subprocess.run(
-        [*command, str(ROOT / "tests" / "test_examples.py")],
-        env={**os.environ, "MLA_TEST_MODEL": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
-    assert f"no model in {tmp_path}: put tiny-mla there, or name its folder in MLA_TEST_MODEL" in result.stdout
+    program(tmp_path / "bin/dpkg", "exit 0")
+    for name in ("ruff", "mypy"):
+        program(checkout / ".venv/bin" / name, f"echo {name} $*")
+    program(checkout / ".ci/test", "echo none left out: $MLA_TEST_LEAVE_NONE_OUT")
+    complete = run(checkout / ".ci/run", cwd=checkout, MLA_TEST_MODEL=str(tmp_path))
+    assert complete.stdout.splitlines()[-2] == "none left out: 1"
+    program(checkout / ".ci/check_cuda", "sleep 1; exit 5")
+    assert run(checkout / ".ci/run", cwd=checkout, MLA_TEST_MODEL=str(tmp_path)).returncode == 5
+    assert "\nbash .ci/test\n" in (ROOT / ".ci/run").read_text()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each command of a README's block behind `<!-- ci -->` runs as it stands there, in a checkout without a GPU.
+
+Those of `.ci/test` are left to `.ci/run`, which runs the one; that one runs the other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_run import MODEL
+
+ROOT = Path(__file__).parents[2]
+READMES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
+OF_CI = ["bash .ci/test", "bash .ci/test -m light"]
+
+
+def blocks(readme: Path) -> list[str]:
+    return re.findall(r"^<!-- ci -->\n```bash\n(.*?)^```", readme.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(readme: Path) -> list[str]:
+    lines = [line for block in blocks(readme) for line in block.splitlines()]
+    return [re.sub(r"\s+# .*", "", line) for line in lines if line and not line.startswith("#")]
+
+
+COMMANDS = [command for readme in READMES for command in dict.fromkeys(commands(readme))]
+
+
+def test_no_mark_is_lost_and_ci_s_own_commands_are_among_the_marked() -> None:
+    assert all(readme.read_text().count("<!-- ci -->") == len(blocks(readme)) for readme in READMES)
+    assert set(OF_CI) < set(COMMANDS)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("command", dict.fromkeys(command for command in COMMANDS if command not in OF_CI))
+def test_command(command: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MLA_", "VLLM_", "PYTEST_"))}
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = inherited | {"MODEL": str(MODEL.resolve()), "PATH": programs}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
