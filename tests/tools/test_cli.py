@@ -150,7 +150,8 @@ def test_plugin_not_installed_or_not_allowed(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other,mla_fusion")
     assert problems() == {}
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [])
-    assert "pip install vllm-mla-fusion" in problems()["plugin"]["remedy"]
+    assert "pip install" in problems()["plugin"]["remedy"]
+    assert "in the environment of vLLM" in problems()["plugin"]["remedy"]
 
 
 def test_vllm_missing_or_unsupported(monkeypatch):

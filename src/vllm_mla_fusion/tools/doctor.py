@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from vllm_mla_fusion import __version__, activation
+from vllm_mla_fusion import __version__, activation, installation
 from vllm_mla_fusion.activation import Mode
 from vllm_mla_fusion.jit import build, cache, target, toolchain
 from vllm_mla_fusion.jit.errors import BuildError
@@ -143,7 +143,7 @@ def _vllm() -> Iterator[Check]:
 def _plugin() -> Iterator[Check]:
     entries = importlib.metadata.entry_points(group="vllm.general_plugins", name="mla_fusion")
     if not entries:
-        remedy = "pip install vllm-mla-fusion into the environment of vLLM (PYTHONPATH alone registers nothing)"
+        remedy = f"{installation.install_again()}, in the environment of vLLM (PYTHONPATH alone registers nothing)"
         yield Check("plugin", "problem", "vLLM cannot see it: no entry point mla_fusion is installed", remedy)
         return
     allowed = os.environ.get("VLLM_PLUGINS")
