@@ -27,6 +27,6 @@ pulse=$!
 trap 'kill $pulse 2>/dev/null || true' EXIT
 .ci/setup
 kill $pulse
-echo "2 of 2: $model, stock and fused, an engine each: on 2 cores 1 to 2 minutes each, the kernel's build included"
+echo "2 of 2: $model, stock and fused, an engine each: on 2 cores 1 to 3 minutes each, the kernel's build included"
 export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 .venv/bin/python examples/same_text.py --model "$model" --max-model-len 1024
