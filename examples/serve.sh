@@ -42,5 +42,5 @@ until curl --silent --fail --output /dev/null "$url/health"; do
 done
 grep --only-matching "MLA fusion .*" "$log" || true
 curl --silent --show-error --fail-with-body "$url/v1/completions" -H "Content-Type: application/json" \
-    -d '{"model": "mla", "prompt": "Question: Omar has 57 shells and Uma hands him 4 more. How many has he now?\nAnswer:", "max_tokens": 64, "temperature": 0}'
+    -d '{"model": "mla", "prompt": "Question: Omar has 57 shells. Omar shares them equally among 3 friends and keeps one share. Uma has 4 shells and hands all of them to Omar. How many shells does Omar have now?\nAnswer:", "max_tokens": 128, "temperature": 0, "stop": ["\n\n", "Question:"]}'
 echo

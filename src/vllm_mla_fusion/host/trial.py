@@ -44,6 +44,7 @@ class Outcome:
     layers: int = 0
     fused: int = 0
     with_norm: int = 0
+    where: str = ""
     reasons: list[str] = field(default_factory=list)
     ended: str = ""
 
@@ -64,7 +65,7 @@ class _Seen:
 
 def trial(folder: Path) -> Outcome:
     """What the pass makes of the model in `folder`, whose weights are random, under vLLM's default arguments."""
-    seen, outcome = _Seen(), Outcome()
+    seen, outcome = _Seen(), Outcome(where=f"vLLM {support.installed_vllm_version()}")
     with patch.object(kernel, "failure", lambda: None), _recording(seen):
         # It loads the plugin, as in a server.
         arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(model=str(folder), **ARGUMENTS)
@@ -78,6 +79,7 @@ def trial(folder: Path) -> Outcome:
                 outcome.ended = f"{type(error).__name__}: {error}"
     built = layers.mla_layers(vllm_config)
     outcome.layers = len(built)
+    outcome.where += f" on {support.platform().device_type}, with vLLM's default arguments"
     if built and not outcome.ended:
         _judge(outcome, seen, vllm_config, built)
     return outcome

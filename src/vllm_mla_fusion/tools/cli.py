@@ -15,7 +15,7 @@ from vllm_mla_fusion.jit.errors import BuildError
 if TYPE_CHECKING:
     from vllm_mla_fusion.jit.target import Target
 
-COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+COLOURS = {"ok": "green", "note": "yellow", "untried": "yellow", "problem": "red"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,11 +29,12 @@ def main() -> None:
 @click.option(
     "--model", metavar="NAME_OR_PATH", help="Also say whether this model would fuse; its config.json is enough."
 )
-def doctor(as_json: bool, model: str | None) -> None:
+@click.option("--no-trial", is_flag=True, help="Do not start the model's first layers: judge its config alone.")
+def doctor(as_json: bool, model: str | None, no_trial: bool) -> None:
     """Check this machine. Exit code 1 if there is a problem; changes nothing, uses no network."""
     from vllm_mla_fusion.tools import doctor as examination
 
-    checks = examination.diagnose(model)
+    checks = examination.diagnose(model, with_trial=not no_trial)
     report = examination.as_json(checks)
     if as_json:
         click.echo(json.dumps(report, indent=1))
@@ -43,8 +44,7 @@ def doctor(as_json: bool, model: str | None) -> None:
             click.echo(f"{check.name:<12}{textwrap.indent(check.detail, ' ' * 20).strip()}")
             if check.remedy:
                 click.echo(f"{'':<20}-> {check.remedy}")
-        problems = sum(check.status == "problem" for check in checks)
-        click.echo(f"{problems} problem{'' if problems == 1 else 's'}." if problems else "No problem found.")
+        click.echo(examination.verdict(checks))
     sys.exit(0 if report["ok"] else 1)
 
 

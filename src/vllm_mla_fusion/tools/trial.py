@@ -38,6 +38,7 @@ class Trial:
 
     Args:
         layers, fused, with_norm: MLA layers of the cut model, how many the pass fused, how many with the latent's norm.
+        where: In which vLLM, on what.
         reasons: Why the others were not fused.
         untried: Why nothing of this is known; empty if it is.
     """
@@ -45,6 +46,7 @@ class Trial:
     layers: int = 0
     fused: int = 0
     with_norm: int = 0
+    where: str = ""
     reasons: tuple[str, ...] = ()
     untried: str = ""
 
@@ -91,7 +93,7 @@ def _in_a_child(folder: Path, seconds: float) -> Trial:
         return Trial(untried=f"vLLM does not start with it: {_short(outcome['ended'])}")
     if not outcome["layers"]:
         return Trial(untried="the first layers have no MLA")
-    figures = {name: outcome[name] for name in ("layers", "fused", "with_norm")}
+    figures = {name: outcome[name] for name in ("layers", "fused", "with_norm", "where")}
     return Trial(**figures, reasons=tuple(outcome["reasons"]))
 
 
