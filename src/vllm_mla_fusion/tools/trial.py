@@ -55,7 +55,7 @@ def try_config(config: dict[str, Any], beside: Path, seconds: float = SECONDS) -
     """Runs the trial.
 
     Args:
-        config: config.json of the language model, with ``architectures``.
+        config: config.json of the language model.
         beside: Folder of further files that say how the weights are quantised.
         seconds: Limit of the child process.
     """
@@ -136,7 +136,17 @@ def cut(config: dict[str, Any]) -> dict[str, Any]:
     for name, most in AT_MOST.items():
         if isinstance(config.get(name), int):
             result[name] = min(config[name], most)
+    if not config.get("architectures"):
+        result["architectures"] = _architectures(config.get("model_type"))
     return result
+
+
+def _architectures(model_type: Any) -> list[str]:
+    """Of a language model inside another, whose own config need not name its class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return [found] if isinstance(found, str) else []
 
 
 def _per_layer(value: Any, whole: int, count: int) -> Any:
