@@ -23,7 +23,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
     monkeypatch.setattr(config, "not_compiled_reason", lambda vllm_config: None)
     monkeypatch.setattr(config, "config_problem", lambda vllm_config: None)
     monkeypatch.setattr(cache_writer, "why_not_replaced", lambda layer, *arguments: layer.problem)
-    one = dict(kv_cache_dtype="auto", kv_lora_rank=512, qk_rope_head_dim=64, problem=None)
+    one = {"kv_cache_dtype": "auto", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "problem": None}
     return {name: SimpleNamespace(**one) for name in ("first", "second")}
 
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 from engine_run import MODEL
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import _common  # noqa: E402
@@ -30,6 +31,21 @@ import same_text  # noqa: E402
 from _decode_events import Event, Patterns, SegmentationError, busy_time, short_name, summarise  # noqa: E402
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("_"))
+
+
+def as_in_the_readme(script: str) -> list[str]:
+    """The command with which a README calls a script, to be run as it stands there: in a checkout, with MODEL set."""
+    texts = [path.read_text() for path in (ROOT / "README.md", EXAMPLES / "README.md")]
+    (command, *others) = [
+        line for text in texts for line in re.findall(rf"(?:python|bash) examples/{script}[^`#\n]*", text)
+    ]
+    assert not others
+    return ["bash", "-c", f"cd {ROOT} && {command}"]
+
+
+def engine_environment(model: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "MODEL": str(model.resolve()), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -75,12 +91,8 @@ def test_serve_script_starts_the_server_that_is_installed(distribution: str, ser
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vllm-cpu only")
 def test_serve_script() -> None:
     """As printed: a server, one answer, no server."""
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PORT": str(_common.free_port()),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    result = run("bash", EXAMPLES / "serve.sh", MODEL, "--max-model-len", 1024, **environment)
+    environment = engine_environment(MODEL) | {"PORT": str(_common.free_port())}
+    result = run(*as_in_the_readme("serve.sh"), **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     *said, fused, answer = result.stdout.splitlines()
     assert len(said) < 20
@@ -550,9 +562,9 @@ def test_whole_answers_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.engine
 def test_same_text(tmp_path: Path) -> None:
-    """As try_on_cpu.sh runs it: both engines, the model's own problems, solved."""
-    script = EXAMPLES / "same_text.py"
-    result = run(sys.executable, script, "--model", MODEL, "--out", tmp_path, VLLM_CPU_KVCACHE_SPACE="1")
+    """As printed: both engines, the model's own problems, solved."""
+    (*shell, command), environment = as_in_the_readme("same_text.py"), engine_environment(MODEL)
+    result = run(*shell, f"{command} --out {tmp_path}", **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 MLA layers fused" in result.stdout
     assert result.stdout.endswith("same text off and on: 4 of 4 answers\nright: 4 of 4 off, 4 of 4 on\n")
@@ -564,8 +576,7 @@ def test_same_text(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_offline_inference() -> None:
     """As printed: both prompts with their continuations, fused."""
-    script = EXAMPLES / "offline_inference.py"
-    result = run(sys.executable, script, "--model", MODEL, VLLM_CPU_KVCACHE_SPACE="1")
+    result = run(*as_in_the_readme("offline_inference.py"), **engine_environment(MODEL))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 MLA layers fused" in result.stdout + result.stderr
     assert result.stdout.count("\nPrompt: ") == 2
