@@ -11,23 +11,19 @@ from pathlib import Path
 
 import pytest
 from engine_run import MODEL
+from tiny_models import V2_LITE
 
 from vllm_mla_fusion.tools import trial
 
-V3 = {
+V3 = V2_LITE | {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
-    "torch_dtype": "bfloat16",
     "hidden_size": 7168,
     "num_hidden_layers": 61,
     "num_attention_heads": 128,
     "num_key_value_heads": 128,
     "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
     "n_routed_experts": 256,
@@ -40,24 +36,9 @@ V3 = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 3,
-    "moe_layer_freq": 1,
     "num_nextn_predict_layers": 1,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
     "vocab_size": 129280,
-    "bos_token_id": 0,
     "eos_token_id": 1,
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
     "quantization_config": {
         "quant_method": "fp8",
         "activation_scheme": "dynamic",

@@ -2,17 +2,13 @@
 """Tries nvcc or hipcc on an empty kernel: whether it runs, knows the architectures and accepts its host compiler."""
 
 import re
-import shlex
-import subprocess
 import tempfile
 from pathlib import Path
 
 from vllm_mla_fusion.jit.errors import BuildError
 from vllm_mla_fusion.jit.explain import REMEDIES, UNKNOWN_REMEDY
-from vllm_mla_fusion.jit.host_compiler import child_variables, find_host_compiler, write_wrapper
+from vllm_mla_fusion.jit.host_compiler import child_variables, complaint, find_host_compiler, write_wrapper
 from vllm_mla_fusion.jit.target import Target
-
-SECONDS = 120.0
 
 
 def try_empty_kernel(compiler: Path, target: Target, cxx: str) -> None:
@@ -30,10 +26,12 @@ def try_empty_kernel(compiler: Path, target: Target, cxx: str) -> None:
         folder = Path(name)
         (folder / "empty.cu").write_text("__global__ void nothing() {}\n")
         command = [str(compiler), *_options(folder, target, cxx), "-c", "empty.cu", "-o", "empty.o"]
-        said = _run(command, folder)
+        said = complaint(command, folder, child_variables())
     if said is not None:
         remedy = next((remedy for pattern, remedy in REMEDIES if re.search(pattern, said)), UNKNOWN_REMEDY)
-        raise BuildError(f"{compiler} does not compile an empty kernel for {', '.join(target.archs)}: {said}", remedy)
+        raise BuildError(
+            f"{compiler} does not compile an empty kernel for {', '.join(target.archs)}: {said[-1000:]}", remedy
+        )
 
 
 def _options(folder: Path, target: Target, cxx: str) -> list[str]:
@@ -45,22 +43,3 @@ def _options(folder: Path, target: Target, cxx: str) -> list[str]:
     numbers = [arch.replace(".", "") for arch in target.archs]
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     return ["-std=c++17", "-ccbin", str(folder / "host/c++"), *codes]
-
-
-def _run(command: list[str], folder: Path) -> str | None:
-    """What the compiler says if it fails; None if it compiles."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=child_variables(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{shlex.join(command)}: {error}"
-    said = f"{done.stderr}\n{done.stdout}".strip() or f"exit status {done.returncode}"
-    return None if done.returncode == 0 else said[-1000:]
