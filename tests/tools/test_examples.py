@@ -560,16 +560,6 @@ def test_whole_answers_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None
     assert said.endswith("right: 2 of 2 off, 1 of 2 on\n")
 
 
-@pytest.mark.engine
-def test_same_text(tmp_path: Path) -> None:
-    """As printed: both engines, the model's own problems, solved."""
-    (*shell, command), environment = as_in_the_readme("same_text.py"), engine_environment(MODEL)
-    result = run(*shell, f"{command} --out {tmp_path}", **environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 of 6 MLA layers fused" in result.stdout
-    assert result.stdout.endswith("same text off and on: 4 of 4 answers\nright: 4 of 4 off, 4 of 4 on\n")
-
-
 # --- offline_inference ------------------------------------------------------------------------------------------------
 
 
