@@ -101,7 +101,7 @@ def test_ci_leaves_nothing_out(checkout: Path, tmp_path: Path) -> None:
 def test_engine_tests_say_which_model_they_lack(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_offline_inference"]
     result = subprocess.run(
-        [*command, str(ROOT / "tests" / "tools" / "test_examples.py")],
+        [*command, str(ROOT / "tests" / "test_examples.py")],
         env={**os.environ, "MLA_TEST_MODEL": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
