@@ -3,11 +3,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+from collections.abc import Callable
+from typing import Any
 
 from click.testing import CliRunner
 
 from vllm_mla_fusion.tools.cli import main
+
+_entry_points = importlib.metadata.entry_points
+
+
+def plugins(names: list[str]) -> Callable[..., Any]:
+    """`importlib.metadata.entry_points` where these are vLLM's plugins; torch and others ask for groups of theirs."""
+
+    def entry_points(**selection: str) -> Any:
+        return names if selection.get("group") == "vllm.general_plugins" else _entry_points(**selection)
+
+    return entry_points
 
 
 def run(*arguments: str):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import pytest
-import torch  # noqa: F401  its import asks for entry points, which are pretended in a test
+from commands import plugins
 
 from vllm_mla_fusion.host import support
 from vllm_mla_fusion.jit import build, compiling, target
@@ -25,7 +25,7 @@ def healthy(tmp_path, monkeypatch):
     monkeypatch.setenv("MLA_FUSION", "1")
     for name in ("VLLM_PLUGINS", "VLLM_MLA_DISABLE", "MLA_FUSION_ARCH", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [selection])
+    monkeypatch.setattr(importlib.metadata, "entry_points", plugins(["mla_fusion"]))
     monkeypatch.setattr(support, "installed_vllm_version", lambda: "0.33.0")
     monkeypatch.setattr(support, "failed_probe", lambda: None)
     monkeypatch.setattr(support, "platform_problem", lambda: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import problems, run
+from commands import plugins, problems, run
 
 from vllm_mla_fusion.host import support
 from vllm_mla_fusion.jit import build, target, toolchain
@@ -115,7 +115,7 @@ def test_plugin_not_installed_or_not_allowed(monkeypatch):
     assert "VLLM_PLUGINS=other" in problems()["plugin"]["detail"]
     monkeypatch.setenv("VLLM_PLUGINS", "other,mla_fusion")
     assert problems() == {}
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [])
+    monkeypatch.setattr(importlib.metadata, "entry_points", plugins([]))
     assert "pip install" in problems()["plugin"]["remedy"]
     assert "in the environment of vLLM" in problems()["plugin"]["remedy"]
 
