@@ -15,13 +15,10 @@ from vllm_mla_fusion.fx import fusion
 from vllm_mla_fusion.host import cache_writer, config, passes, trial
 
 UPDATE = torch.ops.aten.relu.default
-VLLM_CONFIG = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
 
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
-    monkeypatch.setattr(config, "not_compiled_reason", lambda vllm_config: None)
-    monkeypatch.setattr(config, "config_problem", lambda vllm_config: None)
     monkeypatch.setattr(cache_writer, "why_not_replaced", lambda layer, *arguments: layer.problem)
     one = {"kv_cache_dtype": "auto", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "problem": None}
     return {name: SimpleNamespace(**one) for name in ("first", "second")}
@@ -29,7 +26,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
 
 def judged(layers: dict, **seen: object) -> trial.Outcome:
     outcome = trial.Outcome(layers=len(layers))
-    trial._judge(outcome, trial._Seen(**seen), VLLM_CONFIG, layers)
+    trial._judge(outcome, trial._Seen(**seen), torch.bfloat16, layers)
     return outcome
 
 
@@ -53,9 +50,11 @@ def test_a_layer_whose_cache_is_not_ours_to_write_is_not_fused(layers) -> None:
     assert (found.fused, found.reasons) == (0, ["SomeImpl has its own cache writer"])
 
 
-def test_a_model_that_is_not_compiled(layers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "not_compiled_reason", lambda vllm_config: "vLLM does not compile this model")
-    assert judged(layers).reasons == ["vLLM does not compile this model"]
+@pytest.mark.parametrize("name", ["not_compiled_reason", "config_problem", "update_problem"])
+def test_what_the_configuration_forbids(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("not_compiled_reason", "config_problem", "update_problem"):
+        monkeypatch.setattr(config, each, lambda vllm_config, each=each: "because" if each == name else None)
+    assert trial._config_problem(None) == "because"
 
 
 def graph() -> fx.Graph:

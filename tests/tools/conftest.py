@@ -31,4 +31,4 @@ def healthy(tmp_path, monkeypatch):
     monkeypatch.setattr(support, "platform_problem", lambda: None)
     monkeypatch.setattr(target, "torch_backend", lambda: "cpu")
     everything = trial.Trial(layers=3, fused=3, with_norm=3, where="vLLM 0.33.0 on cpu")
-    monkeypatch.setattr(trial, "try_config", lambda config, beside: everything)
+    monkeypatch.setattr(trial, "try_config", lambda config, beside, engine_arguments: everything)

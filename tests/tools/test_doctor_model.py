@@ -63,7 +63,7 @@ def model_check(*arguments: str) -> dict:
 
 
 def told(monkeypatch: pytest.MonkeyPatch, **outcome: object) -> None:
-    monkeypatch.setattr(trial, "try_config", lambda config, beside: trial.Trial(**outcome))
+    monkeypatch.setattr(trial, "try_config", lambda config, beside, engine_arguments: trial.Trial(**outcome))
 
 
 # ---- what the trial showed ------------------------------------------------------------------------------------------
@@ -103,6 +103,17 @@ def test_without_a_trial(tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "try_config", None)
     found = model_check(write(tmp_path, MLA), "--no-trial")
     assert (found["status"], "not tried: --no-trial" in found["detail"]) == ("untried", True)
+
+
+def test_with_the_engine_s_arguments(tmp_path, monkeypatch):
+    def try_config(config, beside, engine_arguments):
+        return trial.Trial(layers=3, fused=3, where="vLLM 9") if engine_arguments == {"seed": 7} else trial.Trial()
+
+    monkeypatch.setattr(trial, "try_config", try_config)
+    found = model_check(write(tmp_path, MLA), "--engine-args", '{"seed": 7}')
+    assert 'in vLLM 9 with {"seed": 7})' in found["detail"]
+    refused = run("doctor", "--model", str(tmp_path), "--engine-args", "seed=7")
+    assert (refused.exit_code, "expected a JSON object" in refused.stderr) == (2, True)
 
 
 def test_a_trial_overrules_what_a_model_type_is_known_for(tmp_path, monkeypatch):

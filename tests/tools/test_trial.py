@@ -84,7 +84,7 @@ def child(monkeypatch: pytest.MonkeyPatch):
     def set_code(code: str) -> None:
         def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
             assert command[1:3] == ["-m", "vllm_mla_fusion.host.trial"]
-            program = f"import json, sys; model, result = sys.argv[1:]\n{code}"
+            program = f"import json, sys; model, result, arguments = sys.argv[1:]\n{code}"
             return real_run([sys.executable, "-c", program, *command[3:]], **options)
 
         monkeypatch.setattr(trial.subprocess, "run", run)
@@ -98,7 +98,7 @@ OUTCOME = {"layers": 3, "fused": 1, "with_norm": 0, "where": "vLLM 9", "reasons"
 
 def test_what_the_process_found(child, tmp_path: Path) -> None:
     child(f"json.dump({OUTCOME!r}, open(result, 'w'))")
-    found = trial.try_config(V3, tmp_path)
+    found = trial.try_config(V3, tmp_path, {})
     assert found == trial.Trial(layers=3, fused=1, where="vLLM 9", reasons=("because",))
 
 
@@ -116,7 +116,7 @@ def test_what_the_process_found(child, tmp_path: Path) -> None:
 )
 def test_what_was_not_tried(code: str, untried: str, child, tmp_path: Path) -> None:
     child(code)
-    assert trial.try_config(V3, tmp_path, seconds=1 if "sleep" in code else 60) == trial.Trial(untried=untried)
+    assert trial.try_config(V3, tmp_path, {}, seconds=1 if "sleep" in code else 60) == trial.Trial(untried=untried)
 
 
 def test_the_process_changes_nothing(child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +132,11 @@ def test_the_process_changes_nothing(child, tmp_path: Path, monkeypatch: pytest.
         "assert sorted(p.name for p in Path(model).iterdir()) == ['config.json', 'hf_quant_config.json']\n"
         f"json.dump({OUTCOME!r}, open(result, 'w'))"
     )
-    assert trial.try_config(V3, tmp_path).layers == 3
+    assert trial.try_config(V3, tmp_path, {}).layers == 3
 
 
-def doctor(model: Path, **env: str) -> dict:
-    command = [sys.executable, "-m", "vllm_mla_fusion", "doctor", "--json", "--model", str(model)]
+def doctor(model: Path, *arguments: str, **env: str) -> dict:
+    command = [sys.executable, "-m", "vllm_mla_fusion", "doctor", "--json", "--model", str(model), *arguments]
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     (found,) = (check for check in json.loads(done.stdout)["checks"] if check["name"] == "model")
     return found
@@ -165,7 +165,10 @@ def test_what_the_vllm_at_hand_does_not_start_is_not_claimed(tmp_path: Path) -> 
 
 
 @pytest.mark.engine
-def test_the_trial_has_the_plugin_although_vllm_plugins_leaves_it_out() -> None:
-    """The check of the plugin says that; this one is on the model."""
+def test_a_model_that_is_not_compiled_with_these_arguments() -> None:
+    """And the trial's process has the plugin although VLLM_PLUGINS leaves it out, which another check says."""
     pytest.importorskip("vllm")
-    assert doctor(MODEL, VLLM_PLUGINS="")["status"] == "ok"
+    found = doctor(MODEL, "--engine-args", '{"enforce_eager": true}', VLLM_PLUGINS="")
+    assert found["status"] == "problem", found
+    assert "0 of 3 MLA layers fuse" in found["detail"]
+    assert "vLLM does not compile this model" in found["detail"]

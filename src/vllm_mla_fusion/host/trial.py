@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts this vLLM's own engine with a model and ends the start where the pass has seen every graph.
 
-`python -m vllm_mla_fusion.host.trial FOLDER RESULT` for `tools.trial`: in a process of its own, since vLLM, its devices
-and its groups of processes stay as they are then. The kernel is taken for built; none is.
+`python -m vllm_mla_fusion.host.trial FOLDER RESULT ARGUMENTS` for `tools.trial`: in a process of its own, since vLLM,
+its devices and its groups of processes stay as they are then. The kernel is taken for built; none is.
 """
 
 from __future__ import annotations
@@ -64,38 +64,52 @@ class _Seen:
     complete: bool = False
 
 
-def trial(folder: Path) -> Outcome:
-    """What the pass makes of the model in `folder`, whose weights are random, under vLLM's default arguments."""
+def trial(folder: Path, engine_arguments: dict[str, Any]) -> Outcome:
+    """What the pass makes of the model in `folder`, with random weights and these arguments of vLLM's engine."""
     seen, outcome = _Seen(), Outcome(where=f"vLLM {support.installed_vllm_version()}")
     with patch.object(kernel, "failure", lambda: None), _recording(seen):
         # It loads the plugin, as in a server.
-        arguments = importlib.import_module("vllm.engine.arg_utils").EngineArgs(model=str(folder), **ARGUMENTS)
-        vllm_config = arguments.create_engine_config()
+        given = {**engine_arguments, **ARGUMENTS, "model": str(folder)}
+        vllm_config = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**given).create_engine_config()
+        outcome.where += f" on {support.platform().device_type}"
         if not hasattr(type(vllm_config).__post_init__, support.PATCHED):
-            return Outcome(ended="vLLM has not loaded the plugin, or it is not active with this vLLM")
-        try:
-            importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine.from_vllm_config(vllm_config)
-        except Exception as error:
-            if not seen.complete:
-                outcome.ended = f"{type(error).__name__}: {error}"
-    built = layers.mla_layers(vllm_config)
-    outcome.layers = len(built)
-    outcome.where += f" on {support.platform().device_type}, with vLLM's default arguments"
-    if built and not outcome.ended:
-        _judge(outcome, seen, vllm_config, built)
+            outcome.ended = "vLLM has not loaded the plugin, or it is not active with this vLLM"
+        elif reason := _config_problem(vllm_config):
+            # Nothing would end the start of such an engine.
+            outcome.layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+            outcome.reasons = [reason]
+        else:
+            _start(vllm_config, seen, outcome)
     return outcome
 
 
-def _judge(outcome: Outcome, seen: _Seen, vllm_config: Any, built: dict[str, Any]) -> None:
-    not_compiled = config.not_compiled_reason(vllm_config) or config.config_problem(vllm_config)
-    problems = [_cache_problem(layer, vllm_config.model_config.dtype) for layer in built.values()]
+def _config_problem(vllm_config: Any) -> str | None:
+    """Why no graph of this configuration can be fused."""
+    problems = (config.not_compiled_reason, config.config_problem, config.update_problem)
+    return next((reason for problem in problems if (reason := problem(vllm_config))), None)
+
+
+def _start(vllm_config: Any, seen: _Seen, outcome: Outcome) -> None:
+    try:
+        importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine.from_vllm_config(vllm_config)
+    except Exception as error:
+        if not seen.complete:
+            outcome.ended = f"{type(error).__name__}: {error}"
+            return
+    built = layers.mla_layers(vllm_config)
+    outcome.layers = len(built)
+    if built:
+        _judge(outcome, seen, vllm_config.model_config.dtype, built)
+
+
+def _judge(outcome: Outcome, seen: _Seen, dtype: torch.dtype, built: dict[str, Any]) -> None:
+    problems = dict.fromkeys(filter(None, (_cache_problem(layer, dtype) for layer in built.values())))
     rounds = max(1, seen.updates // len(built))
-    outcome.fused = 0 if not_compiled or any(problems) else min(len(built), seen.fused // rounds)
+    outcome.fused = 0 if problems else min(len(built), seen.fused // rounds)
     outcome.with_norm = min(outcome.fused, seen.with_norm // rounds)
-    reasons = dict.fromkeys([*filter(None, [not_compiled, *problems]), *seen.reasons])
-    if seen.updates < len(built) and not reasons:
-        reasons["vLLM does not put its cache update into a graph"] = None
-    outcome.reasons = list(reasons)
+    outcome.reasons = list(problems | seen.reasons)
+    if seen.updates < len(built) and not outcome.reasons:
+        outcome.reasons = ["vLLM does not put its cache update into a graph"]
 
 
 def _cache_problem(layer: Any, dtype: torch.dtype) -> str | None:
@@ -179,9 +193,9 @@ def _is_traced(error: BaseException | None) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    folder, result = map(Path, arguments)
+    folder, result = map(Path, arguments[:2])
     try:
-        outcome = trial(folder)
+        outcome = trial(folder, json.loads(arguments[2]))
     except Exception as error:
         outcome = Outcome(ended=f"{type(error).__name__}: {error}")
         raise

