@@ -87,10 +87,9 @@ def test_one_cause_is_one_problem(monkeypatch):
 def test_known_variables_are_all_that_the_package_reads():
     package = Path(doctor.__file__).parents[1]
     used = set()
-    for path in package.rglob("*.py"):
-        used |= set(re.findall(r"""environ(?:\.get\(|\[)["'](MLA_FUSION\w*)""", path.read_text()))
-        used |= set(re.findall(r"""^\w*VARIABLE = ["'](MLA_FUSION\w*)""", path.read_text(), re.MULTILINE))
-    assert used == set(checks_vllm.KNOWN_VARIABLES)
+    for path in (*package.rglob("*.py"), package.parents[1] / "setup.py"):
+        used |= set(re.findall(r"""["'](MLA_FUSION(?:_[A-Z]+)*)["']""", path.read_text()))
+    assert used - {"MLA_FUSION_GPU", "MLA_FUSION_PORTABLE"} == set(checks_vllm.KNOWN_VARIABLES)
 
 
 def test_activation(monkeypatch):
@@ -266,6 +265,19 @@ def test_nvcc_is_tried(monkeypatch):
         with_gpus(monkeypatch, arch)
         found = {check.name: check for check in doctor.diagnose()}["nvcc"]
         assert (found.status, arch in found.detail) == (status, True), found
+
+
+def test_a_kernel_that_the_wheel_brings_needs_no_compiler(monkeypatch, tmp_path):
+    library = tmp_path / "prebuilt/mla_fusion.so"
+    monkeypatch.setattr(prebuilt, "FOLDER", library.parent)
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (library, ""))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert problems() == {}
+    assert f"the wheel brings one for cpu: {library}" in run("doctor").output
+    library.parent.mkdir()
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (None, "it was tested with torch 2.11 to 2.14, here is 9"))
+    assert "c++" in problems()
+    assert "passed over: it was tested with torch 2.11 to 2.14, here is 9" in run("doctor").output
 
 
 def test_a_cache_from_which_nothing_loads(monkeypatch):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from vllm_mla_fusion import __version__
-from vllm_mla_fusion.jit import build, cache, device_compiler, host_compiler, target, toolchain
+from vllm_mla_fusion.jit import build, cache, device_compiler, host_compiler, prebuilt, target, toolchain
 from vllm_mla_fusion.jit.errors import BuildError
 from vllm_mla_fusion.jit.explain import SPACE_REMEDY
 from vllm_mla_fusion.release import release
@@ -126,6 +126,12 @@ def kernel() -> Iterator[Check]:
         yield Check("kernel", "note", detail, f"For an image: {target.BUILD_AHEAD}")
         return
     yield from _unserved_gpus(wanted)
+    brought, why_not = prebuilt.find(wanted)
+    if brought:
+        yield Check("kernel", "ok", f"the wheel brings one for {wanted}: {brought}")
+        return
+    if prebuilt.FOLDER.exists():
+        yield Check("kernel", "note", f"the wheel's own is passed over: {why_not}", "One is built instead, see below.")
     if build.is_built(wanted):
         yield Check("kernel", "ok", f"built for {wanted}: {build.library_path(wanted)}")
         return
@@ -151,6 +157,6 @@ def _unserved_gpus(wanted: target.Target) -> Iterator[Check]:
 def is_built(wanted: target.Target) -> bool:
     """Whether a finished kernel is there; what keeps it from being found is reported by the check of the kernel."""
     try:
-        return build.is_built(wanted)
+        return prebuilt.find(wanted)[0] is not None or build.is_built(wanted)
     except BuildError:
         return False
