@@ -17,7 +17,7 @@ import pytest
 from commands import plugins, problems, run
 
 from vllm_mla_fusion.host import support
-from vllm_mla_fusion.jit import build, target, toolchain
+from vllm_mla_fusion.jit import build, prebuilt, target, toolchain
 from vllm_mla_fusion.jit.build import Target
 from vllm_mla_fusion.tools import bench, checks_vllm, cli, doctor
 
@@ -277,7 +277,7 @@ def test_a_kernel_that_the_wheel_brings_needs_no_compiler(monkeypatch, tmp_path)
     library.parent.mkdir()
     monkeypatch.setattr(prebuilt, "find", lambda wanted: (None, "it was tested with torch 2.11 to 2.14, here is 9"))
     assert "c++" in problems()
-    assert "passed over: it was tested with torch 2.11 to 2.14, here is 9" in run("doctor").output
+    assert "one is built instead: it was tested with torch 2.11 to 2.14, here is 9" in run("doctor").output
 
 
 def test_a_cache_from_which_nothing_loads(monkeypatch):

@@ -131,7 +131,7 @@ def kernel() -> Iterator[Check]:
         yield Check("kernel", "ok", f"the wheel brings one for {wanted}: {brought}")
         return
     if prebuilt.FOLDER.exists():
-        yield Check("kernel", "note", f"the wheel's own is passed over: {why_not}", "One is built instead, see below.")
+        yield Check("kernel", "note", f"the wheel's own is passed over, one is built instead: {why_not}")
     if build.is_built(wanted):
         yield Check("kernel", "ok", f"built for {wanted}: {build.library_path(wanted)}")
         return
