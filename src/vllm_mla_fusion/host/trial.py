@@ -66,8 +66,8 @@ class _Seen:
 
 def trial(folder: Path, engine_arguments: dict[str, Any]) -> Outcome:
     """What the pass makes of the model in `folder`, with random weights and these arguments of vLLM's engine."""
-    seen, outcome = _Seen(), Outcome(where=f"vLLM {support.installed_vllm_version()}")
-    with patch.object(kernel, "failure", lambda: None), _recording(seen):
+    outcome = Outcome(where=f"vLLM {support.installed_vllm_version()}")
+    with patch.object(kernel, "failure", lambda: None):
         # It loads the plugin, as in a server.
         given = {**engine_arguments, **ARGUMENTS, "model": str(folder)}
         vllm_config = importlib.import_module("vllm.engine.arg_utils").EngineArgs(**given).create_engine_config()
@@ -79,7 +79,7 @@ def trial(folder: Path, engine_arguments: dict[str, Any]) -> Outcome:
             outcome.layers = vllm_config.model_config.hf_text_config.num_hidden_layers
             outcome.reasons = [reason]
         else:
-            _start(vllm_config, seen, outcome)
+            _start(vllm_config, outcome)
     return outcome
 
 
@@ -89,9 +89,13 @@ def _config_problem(vllm_config: Any) -> str | None:
     return next((reason for problem in problems if (reason := problem(vllm_config))), None)
 
 
-def _start(vllm_config: Any, seen: _Seen, outcome: Outcome) -> None:
+def _start(vllm_config: Any, outcome: Outcome) -> None:
+    seen = _Seen()
+    # Plain Inductor, as on the CPU, compiles one graph; vLLM's own backend cuts a model into several.
+    is_cut = config.mode(vllm_config.compilation_config) == "VLLM_COMPILE"
     try:
-        importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine.from_vllm_config(vllm_config)
+        with _recording(seen, is_cut):
+            importlib.import_module("vllm.v1.engine.llm_engine").LLMEngine.from_vllm_config(vllm_config)
     except Exception as error:
         if not seen.complete:
             outcome.ended = f"{type(error).__name__}: {error}"
@@ -125,8 +129,8 @@ def _cache_problem(layer: Any, dtype: torch.dtype) -> str | None:
 
 
 @contextmanager
-def _recording(seen: _Seen) -> Iterator[None]:
-    """Notes what the pass does, and ends each compilation after its last step."""
+def _recording(seen: _Seen, is_cut: bool) -> Iterator[None]:
+    """Notes what the pass does, and ends the compilation of each graph after its last step."""
     stock_fuse, stock_last_step = fusion.fuse, passes.defunctionalise
 
     def fuse(graph: fx.Graph, ops: Any) -> fusion.FusionResult:
@@ -142,24 +146,21 @@ def _recording(seen: _Seen) -> Iterator[None]:
         seen.reasons.update(dict.fromkeys([*result.reasons, *no_rope]))
         return result
 
-    # Plain Inductor, as on the CPU, compiles one graph.
-    has_one_graph = support.platform().is_cpu()
-
     def last_step(graph: fx.Graph) -> None:
         stock_last_step(graph)
-        seen.complete = has_one_graph
+        seen.complete = not is_cut
         raise _Traced
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(fusion, "fuse", fuse))
         stack.enter_context(patch.object(passes, "defunctionalise", last_step))
-        if not has_one_graph:
+        if is_cut:
             _go_on_to_the_last_graph(stack, seen)
         yield
 
 
 def _go_on_to_the_last_graph(stack: ExitStack, seen: _Seen) -> None:
-    """vLLM's backend cuts a model into graphs, which it compiles one by one."""
+    """vLLM's backend compiles one graph after the other; then it is left."""
     interface = importlib.import_module("vllm.compilation.compiler_interface")
     backend = importlib.import_module("vllm.compilation.backends").VllmBackend
     stock_call = backend.__call__
