@@ -24,11 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _cause import cause
+
 # MLA_FUSION of each mode; None leaves it unset. `upstream` is stock vLLM with its own fusion switched on.
 MODES = {"off": None, "on": "1", "strict": "strict", "upstream": None}
 UPSTREAM_FUSION = {
     "compilation_config": {"use_inductor_graph_partition": True, "pass_config": {"fuse_rope_kvcache_cat_mla": True}}
 }
+STILL_RUNNING_SECONDS = 30.0
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -87,15 +90,29 @@ def tail(log: Path, lines: int = 25) -> str:
 
 
 def run_logged(command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
-    """Runs a child to its end, its output in `log`.
+    """Runs a child to its end, its output in `log`; says every half minute that it is still running.
 
     Raises:
-        ChildError: it failed; the message ends with the last lines of the log.
+        ChildError: it failed; the message has the errors in the log.
     """
-    with log.open("w") as output:
-        code = subprocess.run(command, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
+    began = time.monotonic()
+    with log.open("w") as output, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) as child:
+        while True:
+            try:
+                code = child.wait(STILL_RUNNING_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                print(f"  ... {time.monotonic() - began:.0f} s", flush=True)
+            except BaseException:
+                child.terminate()
+                raise
     if code != 0:
-        raise ChildError(f"exit code {code} of: {shlex.join(command)}\nLast lines of {log}:\n{tail(log)}")
+        raise ChildError(f"exit code {code} of: {shlex.join(command)}\n{cause(log)}\nAll of its output: {log}")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 pair`, `2 pairs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def measured_on() -> dict[str, str]:
@@ -154,15 +171,18 @@ class Server:
         Raises:
             ChildError: the server ended, or was not ready after `timeout` seconds.
         """
-        end = time.monotonic() + timeout
-        while self.process.poll() is None and time.monotonic() < end:
+        began = told = time.monotonic()
+        while self.process.poll() is None and time.monotonic() < began + timeout:
+            if time.monotonic() > told + STILL_RUNNING_SECONDS:
+                told = time.monotonic()
+                print(f"  ... {told - began:.0f} s", flush=True)
             try:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
         state = "is not ready" if self.process.poll() is None else f"ended with code {self.process.returncode}"
-        raise ChildError(f"The server {state}. Last lines of {self.log}:\n{tail(self.log)}")
+        raise ChildError(f"The server {state}.\n{cause(self.log)}\nAll of its output: {self.log}")
 
     def stop(self, timeout: float = 60) -> int:
         """SIGTERM, then the exit code. A server that does not end in time is killed, and then the code is -9."""

@@ -27,6 +27,7 @@ from _common import (
     ChildError,
     Server,
     add_out,
+    counted,
     environment,
     facts_line,
     fusion_line,
@@ -38,6 +39,8 @@ from _common import (
     vllm_command,
     write_results,
 )
+
+from vllm_mla_fusion.installation import install_extra
 
 Pair = dict[str, dict[str, float]]  # mode, metric
 
@@ -228,6 +231,15 @@ def changes_table(changes: Sequence[Change]) -> str:
 # --- command ----------------------------------------------------------------------------------------------------------
 
 
+def _chance(compared: int) -> str:
+    if compared == 0:
+        return "No interval: --repeats 2 or more tells a change from noise, the default 6 does so better."
+    return (
+        f"{counted(compared, 'metric')} at 95 % each: were they independent, {1 - 0.95**compared:.0%} of such "
+        "benchmarks would call one of them better or worse by chance alone."
+    )
+
+
 def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict[str, str]) -> None:
     """Prints and writes benchmark_serving.md and benchmark_serving.json."""
     changes = [compare(metric, pairs) for metric in METRICS]
@@ -235,11 +247,10 @@ def report(args: argparse.Namespace, pairs: list[Pair], plugin: str, facts: dict
     lines = [
         changes_table(changes),
         "",
-        f"{compared} metrics at 95 % each: were they independent, {1 - 0.95**compared:.0%} of such benchmarks would "
-        "call one of them better or worse by chance alone.",
-        f"{len(pairs)} pairs of interleaved runs after a warm-up run, "
+        _chance(compared),
+        f"{counted(len(pairs), 'pair')} of interleaved runs after a warm-up run, "
         f"{'both servers up' if args.both_up else 'each on a fresh server'}; "
-        f"{args.num_prompts} requests of {args.input_len} + {args.output_len} tokens, "
+        f"{counted(args.num_prompts, 'request')} of {args.input_len} + {args.output_len} tokens, "
         f"concurrency {args.max_concurrency}, request rate {args.request_rate}.",
         f"{args.model}, {facts_line(facts)}.",
         f"Plugin: {plugin}",
@@ -287,7 +298,7 @@ def main() -> None:
     """Measures and reports."""
     args = parse_args()
     if importlib.util.find_spec("scipy") is None:
-        sys.exit("scipy is not installed; pip install 'vllm-mla-fusion[bench]'")
+        sys.exit(f"scipy is not installed; {install_extra('bench')}")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         pairs = measure_pairs(args)

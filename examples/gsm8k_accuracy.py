@@ -4,7 +4,7 @@
 python examples/gsm8k_accuracy.py --model deepseek-ai/DeepSeek-V2-Lite-Chat --model-args '{"max_model_len": 4096}'
 
 Without a network: --offline-data DIR, where DIR holds train.jsonl and test.jsonl with the fields question and answer.
-Needs `pip install 'vllm-mla-fusion[eval]'`.
+In a checkout, `pip install '.[eval]'` brings what it needs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from _common import (
     run_logged,
     write_results,
 )
+
+from vllm_mla_fusion.installation import install_extra
 
 FILTERS = {"strict-match": "strict match", "flexible-extract": "flexible match"}
 
@@ -264,7 +266,7 @@ def main() -> None:
     if args.offline_data:
         local_files(args.offline_data)
     if importlib.util.find_spec("lm_eval") is None:
-        sys.exit("lm-eval is not installed; pip install 'vllm-mla-fusion[eval]'")
+        sys.exit(f"lm-eval is not installed; {install_extra('eval')}")
     try:
         runs = run_modes(args)
     except ChildError as error:

@@ -10,8 +10,10 @@ import argparse
 import os
 
 PROMPTS = [
-    "The capital of France is",
-    "Question: Omar has 57 shells. Uma hands him 4 more. How many shells does Omar have now?\nAnswer:",
+    "Question: Omar has 57 shells. Omar shares them equally among 3 friends and keeps one share. Uma has 4 shells and "
+    "hands all of them to Omar. How many shells does Omar have now?\nAnswer:",
+    "Question: Kira has 56 apples. Kira buys another 23. The next day Kira has 4 times as many. Then Kira finds 29 "
+    "more. How many apples does Kira have now?\nAnswer:",
 ]
 
 
@@ -20,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deepseek-ai/DeepSeek-V2-Lite-Chat", help="name or directory (%(default)s)")
     parser.add_argument("--prompt", action="append", help="may be given several times; default: two short ones")
-    parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate per prompt (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=128, help="tokens to generate per prompt (%(default)s)")
     parser.add_argument("--max-model-len", type=int, default=2048, help="longest sequence (%(default)s)")
     parser.add_argument("--mode", choices=["0", "1", "strict"], default="1", help="value of MLA_FUSION (%(default)s)")
     return parser.parse_args()

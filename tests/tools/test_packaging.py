@@ -40,7 +40,7 @@ def test_sdist_and_wheel_have_the_kernel_sources(tmp_path):
     with zipfile.ZipFile(tmp_path / name) as archive:
         archive.extractall(wheel)
 
-    found = Path(python("from vllm_mla_fusion import compiling; print(compiling.csrc_dir())", wheel, tmp_path))
+    found = Path(python("from vllm_mla_fusion.jit import compiling; print(compiling.csrc_dir())", wheel, tmp_path))
     assert found == wheel / "vllm_mla_fusion/csrc"
     stock = ROOT / "csrc"
     files = [path.relative_to(stock) for path in sorted(stock.rglob("*")) if path.is_file()]

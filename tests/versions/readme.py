@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md's support table: the matrix's own table between two comments."""
+"""The support table of tests/README.md: the matrix's own table between two comments."""
 
 from collections.abc import Iterable
 
 from . import environments, matrix
 
-README = environments.PLUGIN_ROOT / "README.md"
+README = environments.PLUGIN_ROOT / "tests" / "README.md"
 BEGIN = "<!-- by `python -m tests.versions --readme` -->\n"
 END = "<!-- end of the table -->\n"
 
 
 def write(outcomes: Iterable[matrix.Outcome]) -> None:
-    """Puts the table of these outcomes into README.md.
+    """Puts the table of these outcomes into tests/README.md.
 
     Raises:
-        ValueError: README.md has not both comments.
+        ValueError: tests/README.md has not both comments.
     """
     before, _, after = _parts()
     README.write_text(f"{before}{BEGIN}{table(outcomes)}{END}{after}")
 
 
 def current_table() -> str:
-    """The table that README.md has."""
+    """The table that tests/README.md has."""
     return _parts()[1]
 
 

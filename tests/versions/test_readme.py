@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md claims what the matrix finds when all is well, for every release of the matrix."""
+"""tests/README.md claims what the matrix finds when all is well, for every release of the matrix."""
 
 from . import environments, matrix, readme
 from .variants import all_variants

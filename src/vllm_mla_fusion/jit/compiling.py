@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vllm_mla_fusion import installation
 from vllm_mla_fusion.jit import toolchain
 from vllm_mla_fusion.jit.errors import BuildError
 from vllm_mla_fusion.jit.host_compiler import child_variables, write_wrapper
@@ -78,7 +79,7 @@ def csrc_dir() -> Path:
     for folder in (package / "csrc", package.parents[1] / "csrc"):
         if any(folder.glob("*.cpp")):
             return folder
-    raise BuildError(f"The kernel sources are missing from {package}.", "pip install --force-reinstall vllm-mla-fusion")
+    raise BuildError(f"The kernel sources are missing from {package}.", installation.install_again())
 
 
 def csrc_digest() -> str:

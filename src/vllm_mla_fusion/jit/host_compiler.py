@@ -126,20 +126,28 @@ def compiler_fault(command: str) -> str | None:
 
 
 def _trial(command: list[str]) -> str | None:
-    """What the compiler says if it fails; None if it compiles."""
+    """The last that the compiler says if it fails; None if it compiles."""
     with tempfile.TemporaryDirectory(prefix="mla-fusion-trial-") as folder:
         (Path(folder) / "empty.cpp").touch()
-        try:
-            done = subprocess.run(
-                [*command, "-c", "empty.cpp", "-o", "empty.o"],
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TRIAL_SECONDS,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
-    said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-    return None if done.returncode == 0 else said[-1][:300]
+        said = complaint([*command, "-c", "empty.cpp", "-o", "empty.o"], folder)
+    return said and said.splitlines()[-1][:300]
+
+
+def complaint(command: list[str], folder: str | Path, environment: dict[str, str] | None = None) -> str | None:
+    """All that a compiler says if it fails in ``folder``; None if it compiles."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TRIAL_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode == 0:
+        return None
+    return done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"

@@ -5,7 +5,7 @@ import json
 import sys
 import textwrap
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,7 +15,7 @@ from vllm_mla_fusion.jit.errors import BuildError
 if TYPE_CHECKING:
     from vllm_mla_fusion.jit.target import Target
 
-COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+COLOURS = {"ok": "green", "note": "yellow", "untried": "yellow", "problem": "red"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,16 +24,38 @@ def main() -> None:
     """One kernel for RoPE and the KV-cache write of every MLA layer in a stock vLLM (MLA_FUSION=1)."""
 
 
+def _json_object(context: click.Context, option: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise click.BadParameter(f'expected a JSON object such as {{"kv_cache_dtype": "fp8"}}, got {text!r}')
+    return value
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option(
     "--model", metavar="NAME_OR_PATH", help="Also say whether this model would fuse; its config.json is enough."
 )
-def doctor(as_json: bool, model: str | None) -> None:
-    """Check this machine. Exit code 1 if there is a problem; changes nothing, uses no network."""
+@click.option("--no-trial", is_flag=True, help="Do not start the model's first layers: judge its config alone.")
+@click.option(
+    "--engine-args",
+    metavar="JSON",
+    default="{}",
+    callback=_json_object,
+    help='Start them with these arguments of vLLM\'s engine, such as \'{"kv_cache_dtype": "fp8"}\'.',
+)
+def doctor(as_json: bool, model: str | None, no_trial: bool, engine_args: dict[str, Any]) -> None:
+    """Check this machine. Exit code 1 if there is a problem; changes nothing, uses no network.
+
+    With --model, the model's first layers are started in this vLLM, small and with random weights: a minute or two, and
+    about 2 GB of memory.
+    """
     from vllm_mla_fusion.tools import doctor as examination
 
-    checks = examination.diagnose(model)
+    checks = examination.diagnose(model, None if no_trial else engine_args)
     report = examination.as_json(checks)
     if as_json:
         click.echo(json.dumps(report, indent=1))
@@ -43,8 +65,7 @@ def doctor(as_json: bool, model: str | None) -> None:
             click.echo(f"{check.name:<12}{textwrap.indent(check.detail, ' ' * 20).strip()}")
             if check.remedy:
                 click.echo(f"{'':<20}-> {check.remedy}")
-        problems = sum(check.status == "problem" for check in checks)
-        click.echo(f"{problems} problem{'' if problems == 1 else 's'}." if problems else "No problem found.")
+        click.echo(examination.verdict(checks))
     sys.exit(0 if report["ok"] else 1)
 
 

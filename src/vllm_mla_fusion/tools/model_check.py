@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tells from a model's config alone whether it has MLA layers and whether they would fuse."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 DSA = (
@@ -41,13 +39,6 @@ FUSES = {
     "longcat_flash_ngram",
     "pangu_ultra_moe",
 }
-# Hugging Face's and Mistral's.
-CONFIG_NAMES = ("config.json", "params.json")
-TEXT_CONFIGS = ("text_config", "language_config", "llm_config")
-
-
-class ConfigNotFoundError(FileNotFoundError):
-    """There is no config for the model on this machine."""
 
 
 @dataclass(frozen=True)
@@ -65,60 +56,6 @@ class ModelCheck:
     has_mla: bool
     fuses: Literal["yes", "no", "unknown"]
     detail: str
-
-
-def find_config(model: str) -> Path:
-    """The config of a directory, a file, or a model in the local Hugging Face cache. Never asks the network.
-
-    Raises:
-        ConfigNotFoundError: There is neither a config.json nor a params.json of it on this machine.
-    """
-    path = Path(model).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        found = next((path / name for name in CONFIG_NAMES if (path / name).is_file()), None)
-        if found is None:
-            raise ConfigNotFoundError(f"{path} has no {' and no '.join(CONFIG_NAMES)}.")
-        return found
-    try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise ConfigNotFoundError(f"No directory {model}, and huggingface_hub is not installed.") from None
-    try:
-        cached = [try_to_load_from_cache(model, name) for name in CONFIG_NAMES]
-    except HFValidationError:
-        cached = []
-    for local in cached:
-        if isinstance(local, str):
-            return Path(local)
-    raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
-
-
-def check_model(model: str) -> ModelCheck:
-    """Reads the model's config and judges it.
-
-    Raises:
-        ConfigNotFoundError: See `find_config`.
-        ValueError: The file cannot be read or is no JSON object.
-    """
-    path = find_config(model)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} cannot be read: not a JSON object")
-    if path.name == "params.json":
-        config = _from_mistral(config)
-    return judge(next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), config))
-
-
-def _from_mistral(config: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM makes of a params.json: a deepseek_v3 if it has MLA's dimensions."""
-    model_type = "deepseek_v3" if config.get("qk_nope_head_dim") else "transformer"
-    return {**config, "model_type": model_type, "num_hidden_layers": config.get("n_layers")}
 
 
 def judge(config: dict[str, Any]) -> ModelCheck:
