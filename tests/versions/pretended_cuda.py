@@ -1,30 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM platform plugin: a CUDA platform that states an H100 without asking a driver."""
+"""vLLM platform plugin: a CUDA platform that states an H100, or what it is told, without asking a driver."""
 
 from vllm.platforms.cuda import NonNvmlCudaPlatform
 from vllm.platforms.interface import DeviceCapability
 
 
 class PretendedCudaPlatform(NonNvmlCudaPlatform):
+    capability = (9, 0)
+
     @classmethod
     def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
-        return DeviceCapability(major=9, minor=0)
+        return DeviceCapability(*cls.capability)
 
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
-        return "NVIDIA H100 80GB HBM3"
+        return {9: "NVIDIA H100 80GB HBM3", 10: "NVIDIA B200"}[cls.capability[0]]
 
     @classmethod
     def get_device_total_memory(cls, device_id: int = 0) -> int:
-        return 80 << 30
+        return {9: 80, 10: 180}[cls.capability[0]] << 30
 
     @classmethod
     def device_count(cls) -> int:
-        return 1
+        return 8
 
     @classmethod
     def num_compute_units(cls, device_id: int = 0) -> int:
-        return 132
+        return {9: 132, 10: 148}[cls.capability[0]]
+
+    @classmethod
+    def is_integrated_gpu(cls, device_id: int = 0) -> bool:
+        return False
 
 
 def qualname() -> str:
