@@ -23,9 +23,9 @@ POOL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
 def differences(before: fx.Graph, after: fx.Graph) -> Iterator[str]:
     """What the two graphs return or write to the KV cache differently."""
     expected, actual = _Replay(before), _Replay(after)
-    inputs = [_input(*numbered) for numbered in enumerate(before.find_nodes(op="placeholder"))]
     with torch.no_grad():
-        outputs = zip(expected.run(*inputs), actual.run(*inputs), strict=True)
+        # Each gets inputs of its own: some graphs write to them.
+        outputs = zip(expected.run(*_inputs(before)), actual.run(*_inputs(before)), strict=True)
     for index, (wanted, found) in enumerate(outputs):
         # An empty output only carries the order of cache write and attention; the pass may put anything there.
         if not _is_empty(wanted) and not _close(wanted, found):
@@ -173,6 +173,10 @@ class _Replay(fx.Interpreter):
 
 def _is_op(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
+
+
+def _inputs(graph: fx.Graph) -> list[Any]:
+    return [_input(*numbered) for numbered in enumerate(graph.find_nodes(op="placeholder"))]
 
 
 def _input(index: int, placeholder: fx.Node) -> Any:
