@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What people switch on or off: engine arguments and variables, and which checkpoint forms meet which of them."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import checkpoints, environments
+from . import checkpoints
 from .checkpoints import CHECKPOINTS, Checkpoint
-from .models import DEEPSEEK_V3, Model, models_of
+from .models import DEEPSEEK_MTP, DEEPSEEK_V3, MODELS, Model
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ def _passes(name: str, **flags: bool) -> Configuration:
 
 DEFAULT = Configuration("default")
 NO_DEEP_GEMM = Configuration("no DeepGEMM", environ={"VLLM_USE_DEEP_GEMM": "0"})
+NO_FLASHINFER = Configuration(
+    "no FlashInfer GEMM", environ={"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"}
+)
 LEVELS = tuple(Configuration(f"-O{level}", arguments={"optimization_level": level}) for level in (1, 3))
 CUSTOM_OPS = tuple(
     Configuration(f"custom_ops {','.join(ops)}", {"custom_ops": ops})
@@ -55,21 +57,40 @@ PASSES = (
 PARTITION = Configuration("Inductor partition", {"use_inductor_graph_partition": True})
 CACHES = tuple(Configuration(f"cache {dtype}", arguments={"kv_cache_dtype": dtype}) for dtype in ("fp8", "fp8_e5m2"))
 
-# What the passes of vLLM meet differently; the others only change which kernel multiplies.
-CROSSED = (
-    checkpoints.UNQUANTISED,
-    checkpoints.FP8_BLOCK,
-    checkpoints.FP8_TENSOR,
-    checkpoints.FP8_TOKEN,
-    checkpoints.NVFP4_MODELOPT,
+LORA = Configuration("LoRA", arguments={"enable_lora": True, "max_lora_rank": 16})
+TENSOR_PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+TWO_GPUS = (
+    Configuration("TP 2", arguments=TENSOR_PARALLEL),
+    Configuration("TP 2, fuse_allreduce_rms", {"pass_config": {"fuse_allreduce_rms": True}}, TENSOR_PARALLEL),
+    Configuration(
+        "TP 2, sequence parallel",
+        {"pass_config": {"enable_sp": True, "sp_min_token_num": 1}, "use_inductor_graph_partition": True},
+        TENSOR_PARALLEL,
+    ),
+    Configuration(
+        "TP 2, async TP",
+        {
+            "pass_config": {"enable_sp": True, "fuse_gemm_comms": True, "sp_min_token_num": 1},
+            "use_inductor_graph_partition": True,
+        },
+        TENSOR_PARALLEL,
+    ),
+    Configuration("TP 2, expert parallel", arguments=TENSOR_PARALLEL | {"enable_expert_parallel": True}),
 )
 
+# Whose norms or activations vLLM's passes fuse with a quantisation; the others only change which kernel multiplies.
+CROSSED = (checkpoints.UNQUANTISED, checkpoints.FP8_TENSOR, checkpoints.FP8_TOKEN, checkpoints.NVFP4_MODELOPT)
+MOST_DIFFERENT = (CUSTOM_OPS[0], CUSTOM_OPS[-1], *PASSES[:2], PARTITION)
 
-def cases(release: str) -> Iterator[Case]:
-    """Everything that is traced of a release."""
-    for checkpoint in CHECKPOINTS:
-        yield Case(DEEPSEEK_V3, checkpoint, DEFAULT)
-    yield Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, NO_DEEP_GEMM)
-    for checkpoint in CROSSED:
-        for configuration in (*LEVELS, *CUSTOM_OPS, *PASSES, PARTITION, *CACHES):
-            yield Case(DEEPSEEK_V3, checkpoint, configuration)
+
+def cases() -> list[Case]:
+    """Every whole model that is traced."""
+    found = [Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS]
+    everything = (NO_DEEP_GEMM, NO_FLASHINFER, *LEVELS, *CUSTOM_OPS, *PASSES, PARTITION, *CACHES, LORA, *TWO_GPUS)
+    found += [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in everything]
+    found += [Case(DEEPSEEK_V3, checkpoint, each) for checkpoint in CROSSED for each in MOST_DIFFERENT]
+    found += [Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS)]
+    found += [Case(DEEPSEEK_V3, checkpoints.FP8_TENSOR, each) for each in TWO_GPUS]
+    found += [Case(DEEPSEEK_MTP, checkpoint, DEFAULT) for checkpoint in (checkpoints.FP8_BLOCK, checkpoints.INT4_EXPERTS)]
+    found += [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]
+    return found

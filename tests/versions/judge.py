@@ -2,14 +2,42 @@
 """What must hold for a whole model: every MLA layer is fused, nothing is copied for it, and all else is as in stock."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.config import VllmConfig
+
+from vllm.model_executor.models import registry
 
 from vllm_mla_fusion.host import layers, report
 
-from . import codegen, graphs, replay
+from . import codegen, decoder, graphs, replay, tracing, world
+from .configurations import Case
 from .tracing import Trace
+
+NOT_COMPILED = "vLLM compiles no part of this model class"
+
+
+def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterator[str]:
+    """Traces the case's model; what is wrong with it."""
+    report._left_alone.clear()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with decoder.pretended(case):
+        config = decoder.vllm_config(case, scratch)
+        world.enter(config)
+        with decoder.as_in_worker(config):
+            model = decoder.build(config, case, mode)
+            expected = registry._VLLM_MODELS[case.model.architecture][1]
+            if type(model).__name__ != expected:
+                yield f"the model is a {type(model).__name__}, expected {expected}"
+            if not decoder.is_compiled(model):
+                yield NOT_COMPILED
+                return
+            trace = tracing.trace_compilation(model, config, mode, decoder.inputs)
+    if graphs_folder is not None:
+        trace.write(graphs_folder / f"{case}.txt")
+    yield from problems_of(config, trace, case.model.num_mla_layers)
 
 
 def problems_of(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:

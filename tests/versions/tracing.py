@@ -78,12 +78,12 @@ def trace_compilation(
     model: torch.nn.Module,
     config: VllmConfig,
     mode: FakeTensorMode,
-    make_inputs: Callable[[VllmConfig], dict[str, torch.Tensor]] | None = None,
+    make_inputs: Callable[[VllmConfig, torch.nn.Module], dict[str, torch.Tensor]] | None = None,
 ) -> Trace:
     """Compile `model` as a worker does, on fake tensors, and stop before the generated code is compiled."""
     trace = Trace()
     with _recording(trace), mode, set_forward_context(None, config), torch.no_grad(), torch.device("cuda"):
-        inputs = (make_inputs or _hidden_states)(config)
+        inputs = (make_inputs or _hidden_states)(config, model)
         try:
             model(**inputs)
         except Exception:
@@ -94,7 +94,7 @@ def trace_compilation(
     return trace
 
 
-def _hidden_states(config: VllmConfig) -> dict[str, torch.Tensor]:
+def _hidden_states(config: VllmConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     hidden_states = torch.zeros(NUM_TOKENS, config.model_config.hf_config.hidden_size, dtype=torch.bfloat16)
     return {"positions": torch.zeros(NUM_TOKENS, dtype=torch.int64), "hidden_states": hidden_states}
 

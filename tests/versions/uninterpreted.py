@@ -71,13 +71,17 @@ def _mixed(read: list[torch.Tensor], shape: list[int], number: int) -> torch.Ten
     """Rows of tokens depend on the same rows of what is read, and on all of what has none."""
     rows = shape[0] if shape and shape[0] == NUM_TOKENS else 1
     columns = torch.Size(shape).numel() // rows
-    result = torch.zeros(rows, columns)
+    result = torch.zeros(rows, columns, dtype=torch.float32)
     for index, sample in enumerate(read):
         values = sample.reshape(1, -1) if rows == 1 else sample
         if values.shape[1] == 0:
             continue
         phase = 1.0 + number + 7.0 * index
-        weights = torch.cos(torch.arange(values.shape[1]) * 0.7 + phase)
+        weights = _wave(values.shape[1], 0.7, phase)
         total = values @ weights / values.shape[1] ** 0.5
-        result += total.view(-1, 1) * torch.cos(torch.arange(columns) * 0.37 + phase)
+        result += total.view(-1, 1) * _wave(columns, 0.37, phase)
     return (result / max(len(read), 1) ** 0.5).view(shape)
+
+
+def _wave(length: int, frequency: float, phase: float) -> torch.Tensor:
+    return torch.cos(torch.arange(length, dtype=torch.float32) * frequency + phase)

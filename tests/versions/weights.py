@@ -45,6 +45,8 @@ class _KnownValues(TorchDispatchMode):
             return True
         if func is aten._unique2.default:
             return tuple(args[0].new_ones(1) for _ in range(3))
+        if func is aten.nonzero.default:
+            return args[0].new_zeros((args[0].numel(), args[0].dim()), dtype=torch.int64)
         return func(*args, **kwargs or {})
 
 

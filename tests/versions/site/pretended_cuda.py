@@ -32,6 +32,10 @@ class PretendedCudaPlatform(NonNvmlCudaPlatform):
     def is_integrated_gpu(cls, device_id: int = 0) -> bool:
         return False
 
+    @classmethod
+    def get_device_communicator_cls(cls) -> str:
+        return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
+
 
 def qualname() -> str:
     """Entry point of group vllm.platform_plugins."""
