@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which MLA checkpoints are published: each `quantization_config` as the official config.json carries it."""
+"""The forms in which MLA checkpoints are published: each `quantization_config` as official config.json files have it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,32 +28,36 @@ def _compressed_tensors(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A form of weights; `capability`: of the GPU that it is meant for; `oldest`: the first release that loads it."""
+    """A form of weights; `column`: where README's table has it; `capability`: of the GPU that it is meant for."""
 
     name: str
+    column: str
     quantization: dict[str, Any] | None = field(default=None, hash=False)
     capability: tuple[int, int] = (9, 0)
     dtype: str = "bfloat16"
-    oldest: str | None = None
 
     def __str__(self) -> str:
         return self.name
 
 
-UNQUANTISED = Checkpoint("unquantised")
+UNQUANTISED = Checkpoint("unquantised", "unquantised")
 
 # DeepSeek-V3, -V3.1, -R1; Kimi-K2-Instruct; LongCat-Flash-Chat-FP8
 FP8_BLOCK = Checkpoint(
+    "FP8 block",
     "FP8 block",
     {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]},
 )
 
 # neuralmagic/DeepSeek-Coder-V2-Instruct-FP8
-FP8_STATIC = Checkpoint("FP8 static", {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": []})
+FP8_STATIC = Checkpoint(
+    "FP8 static", "FP8 static", {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": []}
+)
 
 # RedHatAI's FP8-dynamic
 FP8_TOKEN = Checkpoint(
     "FP8 W8A8 per token",
+    "FP8 per token",
     _compressed_tensors(
         "float-quantized",
         FLOAT_8 | {"strategy": "channel", "dynamic": False},
@@ -63,6 +67,7 @@ FP8_TOKEN = Checkpoint(
 
 FP8_TENSOR = Checkpoint(
     "FP8 W8A8 static",
+    "FP8 static",
     _compressed_tensors(
         "float-quantized",
         FLOAT_8 | {"strategy": "tensor", "dynamic": False},
@@ -73,6 +78,7 @@ FP8_TENSOR = Checkpoint(
 # meituan/DeepSeek-R1-Channel-INT8, RedHatAI's W8A8
 INT8 = Checkpoint(
     "INT8 W8A8",
+    "INT8 W8A8",
     _compressed_tensors(
         "int-quantized",
         INT_8 | {"strategy": "channel", "dynamic": False},
@@ -80,11 +86,12 @@ INT8 = Checkpoint(
     ),
 )
 
-INT4_ALL = Checkpoint("INT4 W4A16", _compressed_tensors("pack-quantized", INT_4, None))
+INT4_ALL = Checkpoint("INT4 W4A16", "INT4", _compressed_tensors("pack-quantized", INT_4, None))
 
 # moonshotai/Kimi-K2-Thinking: the routed experts only
 INT4_EXPERTS = Checkpoint(
     "INT4 experts",
+    "INT4",
     _compressed_tensors(
         "pack-quantized",
         INT_4,
@@ -95,6 +102,7 @@ INT4_EXPERTS = Checkpoint(
 
 # cognitivecomputations/DeepSeek-R1-AWQ, which its card serves with --dtype float16
 AWQ = Checkpoint(
+    "AWQ",
     "AWQ",
     {
         "quant_method": "awq",
@@ -109,6 +117,7 @@ AWQ = Checkpoint(
 
 # OPEA's and ModelCloud's int4 builds of DeepSeek-R1
 GPTQ = Checkpoint(
+    "GPTQ",
     "GPTQ",
     {
         "quant_method": "gptq",
@@ -127,6 +136,7 @@ GPTQ = Checkpoint(
 # nvidia/DeepSeek-R1-NVFP4: the newer builds quantise attention's projections too
 NVFP4_MODELOPT = Checkpoint(
     "NVFP4 ModelOpt",
+    "NVFP4",
     {
         "quant_method": "modelopt",
         "quant_algo": "NVFP4",
@@ -145,6 +155,7 @@ NVFP4_MODELOPT = Checkpoint(
 
 NVFP4_COMPRESSED = Checkpoint(
     "NVFP4 compressed-tensors",
+    "NVFP4",
     _compressed_tensors("nvfp4-pack-quantized", NVFP4 | {"dynamic": False}, NVFP4 | {"dynamic": "local"}),
     (10, 0),
 )

@@ -130,7 +130,9 @@ def _writer(buffer: str, lines: list[str], outputs: dict[str, list[bool]]) -> st
     for line in reversed(lines):
         if launch := re.search(r"(triton_\w+)\.run\((.*?)\)", line):
             given = [argument.strip() for argument in launch[2].split(",")]
-            if any(written and argument == buffer for written, argument in zip(outputs[launch[1]], given, strict=False)):
+            if any(
+                written and argument == buffer for written, argument in zip(outputs[launch[1]], given, strict=False)
+            ):
                 return line
         if made := re.match(rf"\s*{buffer} = (.+)", line):
             alias = re.match(r"(?:reinterpret_tensor\()?(buf\d+)\b", made[1])

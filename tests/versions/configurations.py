@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import checkpoints
+from . import checkpoints, environments, model_classes
 from .checkpoints import CHECKPOINTS, Checkpoint
 from .models import DEEPSEEK_MTP, DEEPSEEK_V3, MODELS, Model
 
@@ -40,9 +40,7 @@ def _passes(name: str, **flags: bool) -> Configuration:
 
 DEFAULT = Configuration("default")
 NO_DEEP_GEMM = Configuration("no DeepGEMM", environ={"VLLM_USE_DEEP_GEMM": "0"})
-NO_FLASHINFER = Configuration(
-    "no FlashInfer GEMM", environ={"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"}
-)
+NO_FLASHINFER = Configuration("no FlashInfer GEMM", environ={"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"})
 LEVELS = tuple(Configuration(f"-O{level}", arguments={"optimization_level": level}) for level in (1, 3))
 CUSTOM_OPS = tuple(
     Configuration(f"custom_ops {','.join(ops)}", {"custom_ops": ops})
@@ -83,14 +81,37 @@ CROSSED = (checkpoints.UNQUANTISED, checkpoints.FP8_TENSOR, checkpoints.FP8_TOKE
 MOST_DIFFERENT = (CUSTOM_OPS[0], CUSTOM_OPS[-1], *PASSES[:2], PARTITION)
 
 
+# Releases whose every model class is traced.
+ALL_MODELS = ("0.26.0", "0.33.0")
+
+
 def cases() -> list[Case]:
-    """Every whole model that is traced."""
-    found = [Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS]
+    """Every whole model that is traced of some release."""
     everything = (NO_DEEP_GEMM, NO_FLASHINFER, *LEVELS, *CUSTOM_OPS, *PASSES, PARTITION, *CACHES, LORA, *TWO_GPUS)
+    found = quick_cases()
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in everything]
     found += [Case(DEEPSEEK_V3, checkpoint, each) for checkpoint in CROSSED for each in MOST_DIFFERENT]
     found += [Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS)]
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_TENSOR, each) for each in TWO_GPUS]
-    found += [Case(DEEPSEEK_MTP, checkpoint, DEFAULT) for checkpoint in (checkpoints.FP8_BLOCK, checkpoints.INT4_EXPERTS)]
+    found += [Case(DEEPSEEK_MTP, checkpoints.INT4_EXPERTS, DEFAULT)]
     found += [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]
-    return found
+    return list(dict.fromkeys(found))
+
+
+def quick_cases() -> list[Case]:
+    """What CI has time for: each form of checkpoint, and what people add to the most served one."""
+    popular = (NO_DEEP_GEMM, CUSTOM_OPS[0], *PASSES[:2], PARTITION, CACHES[0], LORA, TWO_GPUS[1])
+    return [
+        *(Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS),
+        *(Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in popular),
+        Case(DEEPSEEK_MTP, checkpoints.FP8_BLOCK, DEFAULT),
+    ]
+
+
+def cases_of(release: str, quick: bool = False) -> list[Case]:
+    """The cases of a release: model classes other than DeepSeek-V3 and its draft in those of `ALL_MODELS` only, and there
+    those that the release has."""
+    known = model_classes.architectures(environments.vllm_of(release)) if release in ALL_MODELS else ()
+    everywhere = (DEEPSEEK_V3, DEEPSEEK_MTP)
+    found = quick_cases() if quick else cases()
+    return [case for case in found if case.model in everywhere or case.model.architecture in known]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models of the installed vLLM, few layers each, with fake weights on a GPU as the release's own code loads them."""
+"""Whole models of the installed vLLM, of few layers, with fake weights as the release's own code prepares them."""
 
 import functools
 import gc
@@ -21,15 +21,23 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.model_manager import create_lora_manager
 from vllm.model_executor.layers import rotary_embedding
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.transformers_utils import config as vllm_configs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from . import weights, world
+from . import weights
 from .configurations import Case
 from .models import GEOMETRY, MAX_MODEL_LEN, TARGETS
 from .tracing import NUM_TOKENS
+
+CONFIG_CLASS = """from transformers import PretrainedConfig
+
+
+class Configuration(PretrainedConfig):
+    model_type = "{model_type}"
+"""
 
 
 class _NoStream:
@@ -48,6 +56,9 @@ def pretended(case: Case) -> Iterator[None]:
         stack.enter_context(patch.multiple(torch.cuda, Stream=_NoStream, Event=_NoStream))
         # vLLM looks at each model class in a process of its own, which would have to import it all again.
         stack.enter_context(patch.object(registry, "_run_in_subprocess", lambda look: look()))
+        if hasattr(MoERunner, "_maybe_add_zero_expert_output"):
+            # Stock vLLM cannot trace it: it asserts that the router has run. LongCat-Flash only.
+            stack.enter_context(patch.object(MoERunner, "_maybe_add_zero_expert_output", lambda _, result: result))
         _forget()
         yield
 
@@ -82,8 +93,7 @@ def _write(folder: Path, config: dict[str, Any]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     if config["model_type"] not in {*CONFIG_MAPPING, *vllm_configs._CONFIG_REGISTRY}:
         config["auto_map"] = {"AutoConfig": "configuration.Configuration"}
-        text = f"from transformers import PretrainedConfig\n\n\nclass Configuration(PretrainedConfig):\n    model_type = {config['model_type']!r}\n"
-        (folder / "configuration.py").write_text(text)
+        (folder / "configuration.py").write_text(CONFIG_CLASS.format(**config))
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -107,10 +117,7 @@ def build(config: VllmConfig, case: Case, mode: FakeTensorMode) -> torch.nn.Modu
         device,
         weights.fake_parameters(),
     ):
-        if case.model.draft:
-            model = _draft(config)
-        else:
-            model = initialize_model(config)
+        model = _draft(config) if case.model.draft else initialize_model(config)
         weights.process(model)
         if config.lora_config:
             scheduler = config.scheduler_config

@@ -7,16 +7,14 @@ from pathlib import Path
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.config import VllmConfig
-
 from vllm.model_executor.models import registry
 
 from vllm_mla_fusion.host import layers, report
 
 from . import codegen, decoder, graphs, replay, tracing, world
 from .configurations import Case
+from .limits import NOT_COMPILED
 from .tracing import Trace
-
-NOT_COMPILED = "vLLM compiles no part of this model class"
 
 
 def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterator[str]:
@@ -29,7 +27,7 @@ def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> I
         with decoder.as_in_worker(config):
             model = decoder.build(config, case, mode)
             expected = registry._VLLM_MODELS[case.model.architecture][1]
-            if type(model).__name__ != expected:
+            if expected not in [each.__name__ for each in type(model).__mro__]:
                 yield f"the model is a {type(model).__name__}, expected {expected}"
             if not decoder.is_compiled(model):
                 yield NOT_COMPILED

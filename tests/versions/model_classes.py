@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which architectures of a release have MLA layers made by vLLM's wrapper: read from its sources, nothing is imported."""
+"""Which architectures of a release have MLA layers made by vLLM's wrapper, read from its sources."""
 
 import ast
 from collections.abc import Iterator
@@ -20,16 +20,13 @@ def architectures(root: Path) -> dict[str, str]:
     found: set[Name] = {WRAPPER}
     known: set[str] = set()
     while True:
-        more = {name for name, used in uses.items() if name not in found and not used.isdisjoint(found | _strings(known))}
+        meant = found | {("", name) for name in known}
+        more = {name for name, used in uses.items() if name not in found and not used.isdisjoint(meant)}
         architectures = {each for each, name in registered.items() if name in found | more}
         if not more and architectures == known:
             return {each: registered[each][0] for each in sorted(known)}
         found |= more
         known = architectures
-
-
-def _strings(names: set[str]) -> set[Name]:
-    return {("", name) for name in names}
 
 
 def _registered(root: Path) -> dict[str, Name]:

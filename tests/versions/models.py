@@ -58,8 +58,7 @@ YARN = {
 
 @dataclass(frozen=True)
 class Model:
-    """`config`: what its config.json has beside `GEOMETRY`; `draft`: what its `--speculative-config` has if the draft is
-    to be traced in place of the target."""
+    """`config`: what its config.json has beside `GEOMETRY`; `draft`: the `--speculative-config`, if the draft is traced."""
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -161,4 +160,31 @@ TARGETS = {
     "EagleDeepSeekMTPModel": "DeepseekV3ForCausalLM",
     "Eagle3DeepseekV2ForCausalLM": "DeepseekV3ForCausalLM",
     "EagleMistralLarge3ForCausalLM": "MistralLarge3ForCausalLM",
+}
+
+SPARSE = "sparse MLA, traced as bare layers up to 0.28; from 0.29 on vLLM runs code of its own, uncompiled"
+SAME_LANGUAGE_MODEL = "its language model is a class that is traced, behind a vision tower"
+OWN_CODE = "vLLM's own fused code for it, never compiled"
+
+# Architectures that name the wrapper somewhere, and why no layers of theirs are traced.
+NOT_TRACED = {
+    "DeepseekForCausalLM": "DeepSeek V1, of the same file, has no MLA",
+    "GlmOcrMTPModel": "its layers are not MLA",
+    "Eagle3DeepseekV3ForCausalLM": "the class of Eagle3DeepseekV2ForCausalLM",
+    "LongcatFlashNgramForCausalLM": "the layers of LongcatFlashForCausalLM, with another embedding",
+    "PanguEmbeddedForCausalLM": "no MLA",
+    "PanguProMoEV2ForCausalLM": "no MLA",
+    "DeepseekV32ForCausalLM": SPARSE,
+    "DeepseekV32MTPModel": SPARSE,
+    "GlmMoeDsaForCausalLM": SPARSE,
+    "KimiK25ForConditionalGeneration": SAME_LANGUAGE_MODEL,
+    "KimiVLForConditionalGeneration": SAME_LANGUAGE_MODEL,
+    "OpenPanguVLForConditionalGeneration": SAME_LANGUAGE_MODEL,
+    "BailingMoeV3VLForConditionalGeneration": SAME_LANGUAGE_MODEL,
+    "KimiLinearForCausalLM": "no rotary embedding",
+    "Dots3NoteForCausalLM": OWN_CODE,
+    "Dots3NoteMTPModel": OWN_CODE,
+    "Glm5NextForCausalLM": OWN_CODE,
+    "Glm5NextForConditionalGeneration": OWN_CODE,
+    "Glm5NextMTPModel": OWN_CODE,
 }

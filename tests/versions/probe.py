@@ -118,7 +118,8 @@ def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
         problems.extend(find_problems())
     except Exception:
         problems.append(traceback.format_exc())
-    print(json.dumps({"check": name, "problems": problems, "seconds": round(time.process_time() - start, 1)}), flush=True)
+    seconds = round(time.process_time() - start, 1)
+    print(json.dumps({"check": name, "problems": problems, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

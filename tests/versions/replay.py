@@ -41,8 +41,10 @@ def _is_empty(value: Any) -> bool:
 
 
 def _close(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, (tuple, list)):
+        return len(wanted) == len(found) and all(map(_close, wanted, found))
     if not isinstance(wanted, torch.Tensor):
-        return wanted == found
+        return not isinstance(found, torch.Tensor) and wanted == found
     return wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-3, atol=1e-3)
 
 
