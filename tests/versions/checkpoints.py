@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which MLA checkpoints are published: each `quantization_config` as official config.json files have it."""
+"""The forms in which MLA checkpoints are published: `quantization_config` as official config.json files have it."""
 
 from dataclasses import dataclass, field
 from typing import Any

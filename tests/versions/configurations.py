@@ -109,8 +109,7 @@ def quick_cases() -> list[Case]:
 
 
 def cases_of(release: str, quick: bool = False) -> list[Case]:
-    """The cases of a release: model classes other than DeepSeek-V3 and its draft in those of `ALL_MODELS` only, and there
-    those that the release has."""
+    """The cases of a release; model classes other than DeepSeek-V3 and its draft in those of `ALL_MODELS` only."""
     known = model_classes.architectures(environments.vllm_of(release)) if release in ALL_MODELS else ()
     everywhere = (DEEPSEEK_V3, DEEPSEEK_MTP)
     found = quick_cases() if quick else cases()

@@ -69,8 +69,7 @@ def checks_of(release: str, quick: bool = False) -> list[str]:
 def run(
     releases: Iterable[str], graphs: Path | None = None, matching: str = "", quick: bool = False
 ) -> Iterator[Outcome]:
-    """Outcomes in the order of `releases`, of the checks whose names match; the graphs as text go to `graphs`/release if
-    given."""
+    """Outcomes in the order of `releases`, of the checks whose names match; graphs as text go to `graphs`/release."""
     with tempfile.TemporaryDirectory(prefix="mla-fusion-matrix-") as folder:
         site = Path(folder) / "site"
         environments.install_plugins(site)

@@ -58,7 +58,7 @@ YARN = {
 
 @dataclass(frozen=True)
 class Model:
-    """`config`: what its config.json has beside `GEOMETRY`; `draft`: the `--speculative-config`, if the draft is traced."""
+    """`config`: what its config.json has beside `GEOMETRY`; `draft`: its `--speculative-config`, if that is traced."""
 
     architecture: str
     config: dict[str, Any] = field(default_factory=dict, hash=False)
