@@ -31,6 +31,7 @@ def main() -> int:
     )
     parser.add_argument("--match", default="", metavar="REGEX", help="only checks whose names match")
     parser.add_argument("--quick", action="store_true", help="of the whole models only those that CI traces")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many releases at a time, a core each")
     parser.add_argument("--list", action="store_true", help="print the names of the checks, and run none")
     parser.add_argument(
         "--readme", action="store_true", help="put the table into tests/README.md; not with --only, --match or --quick"
@@ -45,7 +46,7 @@ def main() -> int:
         return 0
     print(matrix.markdown_header(), flush=True)
     outcomes = []
-    for outcome in matrix.run(arguments.only, arguments.graphs, arguments.match, arguments.quick):
+    for outcome in matrix.run(arguments.only, arguments.graphs, arguments.match, arguments.quick, arguments.jobs):
         print(matrix.markdown_row(outcome), flush=True)
         outcomes.append(outcome)
     if arguments.readme:

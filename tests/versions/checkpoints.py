@@ -86,6 +86,25 @@ INT8 = Checkpoint(
     ),
 )
 
+# nvidia's FP8 builds
+FP8_MODELOPT = Checkpoint(
+    "FP8 ModelOpt",
+    "FP8 static",
+    {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "producer": {"name": "modelopt", "version": "0.33.0"},
+        "config_groups": {
+            "group_0": {
+                "input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
+                "weights": {"dynamic": False, "num_bits": 8, "type": "float"},
+                "targets": LINEAR,
+            }
+        },
+        "ignore": ["lm_head"],
+    },
+)
+
 INT4_ALL = Checkpoint("INT4 W4A16", "INT4", _compressed_tensors("pack-quantized", INT_4, None))
 
 # moonshotai/Kimi-K2-Thinking: the routed experts only
@@ -165,6 +184,7 @@ CHECKPOINTS = (
     FP8_BLOCK,
     FP8_STATIC,
     FP8_TENSOR,
+    FP8_MODELOPT,
     FP8_TOKEN,
     INT8,
     INT4_ALL,

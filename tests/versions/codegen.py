@@ -13,32 +13,52 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch.utils._triton import has_triton
 from triton import runtime
 from triton.backends.compiler import GPUTarget
+from vllm.platforms import current_platform
 
 from .stock_model import NUM_LAYERS
 from .variants import GEOMETRIES, Variant
 
 KEY_IS_COPIED = "the rotated key is copied"
 
-H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    max_threads_per_block=1024,
-    max_threads_per_multi_processor=2048,
-    regs_per_multiprocessor=65536,
-    shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    total_memory=80 << 30,
-    warp_size=32,
-    L2_cache_size=50 << 20,
-)
+COMMON = {
+    "max_threads_per_block": 1024,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "shared_memory_per_multiprocessor": 233472,
+    "warp_size": 32,
+    "minor": 0,
+}
+GPUS = {
+    9: SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3",
+        major=9,
+        multi_processor_count=132,
+        total_memory=80 << 30,
+        L2_cache_size=50 << 20,
+        **COMMON,
+    ),
+    10: SimpleNamespace(
+        name="NVIDIA B200",
+        major=10,
+        multi_processor_count=148,
+        total_memory=180 << 30,
+        L2_cache_size=126 << 20,
+        **COMMON,
+    ),
+}
+
+
+def _gpu() -> SimpleNamespace:
+    """What the pretended platform says that it is."""
+    major, _ = getattr(type(current_platform), "capability", (9, 0))
+    return GPUS[major]
 
 
 class _TritonDriver:
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * _gpu().major, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -49,20 +69,21 @@ class _TritonDriver:
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Inductor sees an H100; nothing that it generates is compiled or timed."""
+    """Inductor sees the GPU that the platform pretends; nothing that it generates is compiled or timed."""
     interface = device_interface.CudaInterface
+    gpu = _gpu()
     stand_ins = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "get_device_properties": lambda device=None: H100,
-        "get_device_capability": lambda device=None: (H100.major, H100.minor),
+        "get_device_properties": lambda device=None: gpu,
+        "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
     }
     runtime.driver.set_active(_TritonDriver())
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **stand_ins))
-        stack.enter_context(patch.object(interface, "get_device_properties", lambda device=None: H100))
-        stack.enter_context(patch.dict(device_interface.caching_worker_device_properties, cuda=[H100]))
+        stack.enter_context(patch.object(interface, "get_device_properties", lambda device=None: gpu))
+        stack.enter_context(patch.dict(device_interface.caching_worker_device_properties, cuda=[gpu]))
         stack.enter_context(patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", lambda wrapper: None))
         has_triton.cache_clear()
         stack.callback(has_triton.cache_clear)

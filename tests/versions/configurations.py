@@ -55,6 +55,9 @@ PASSES = (
 PARTITION = Configuration("Inductor partition", {"use_inductor_graph_partition": True})
 CACHES = tuple(Configuration(f"cache {dtype}", arguments={"kv_cache_dtype": dtype}) for dtype in ("fp8", "fp8_e5m2"))
 
+SIZES = Configuration("compile_sizes", {"compile_sizes": [1, 8]})
+INVARIANT = Configuration("batch invariant", environ={"VLLM_BATCH_INVARIANT": "1"})
+ONLINE_FP8 = Configuration("--quantization fp8", arguments={"quantization": "fp8"})
 LORA = Configuration("LoRA", arguments={"enable_lora": True, "max_lora_rank": 16})
 TENSOR_PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
 TWO_GPUS = (
@@ -73,6 +76,7 @@ TWO_GPUS = (
         },
         TENSOR_PARALLEL,
     ),
+    Configuration("TP 2, decode context parallel", arguments=TENSOR_PARALLEL | {"decode_context_parallel_size": 2}),
     Configuration("TP 2, expert parallel", arguments=TENSOR_PARALLEL | {"enable_expert_parallel": True}),
 )
 
@@ -81,17 +85,20 @@ CROSSED = (checkpoints.UNQUANTISED, checkpoints.FP8_TENSOR, checkpoints.FP8_TOKE
 MOST_DIFFERENT = (CUSTOM_OPS[0], CUSTOM_OPS[-1], *PASSES[:2], PARTITION)
 
 
-# Releases whose every model class is traced.
-ALL_MODELS = ("0.26.0", "0.33.0")
+# Releases of which everything is traced; of the others, what CI traces of these.
+WHOLLY_TRACED = ("0.26.0", "0.33.0")
 
 
 def cases() -> list[Case]:
     """Every whole model that is traced of some release."""
     everything = (NO_DEEP_GEMM, NO_FLASHINFER, *LEVELS, *CUSTOM_OPS, *PASSES, PARTITION, *CACHES, LORA, *TWO_GPUS)
+    everything += (SIZES, INVARIANT)
     found = quick_cases()
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in everything]
     found += [Case(DEEPSEEK_V3, checkpoint, each) for checkpoint in CROSSED for each in MOST_DIFFERENT]
-    found += [Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS)]
+    found += [
+        Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS, ONLINE_FP8)
+    ]
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_TENSOR, each) for each in TWO_GPUS]
     found += [Case(DEEPSEEK_MTP, checkpoints.INT4_EXPERTS, DEFAULT)]
     found += [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]
@@ -99,7 +106,7 @@ def cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """What CI has time for: each form of checkpoint, and what people add to the most served one."""
+    """What there is always time for: each form of checkpoint, and what people add to the most served one."""
     popular = (NO_DEEP_GEMM, CUSTOM_OPS[0], *PASSES[:2], PARTITION, CACHES[0], LORA, TWO_GPUS[1])
     return [
         *(Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS),
@@ -109,8 +116,8 @@ def quick_cases() -> list[Case]:
 
 
 def cases_of(release: str, quick: bool = False) -> list[Case]:
-    """The cases of a release; model classes other than DeepSeek-V3 and its draft in those of `ALL_MODELS` only."""
-    known = model_classes.architectures(environments.vllm_of(release)) if release in ALL_MODELS else ()
-    everywhere = (DEEPSEEK_V3, DEEPSEEK_MTP)
-    found = quick_cases() if quick else cases()
-    return [case for case in found if case.model in everywhere or case.model.architecture in known]
+    """The cases of a release, of model classes that it has."""
+    if quick or release not in WHOLLY_TRACED:
+        return quick_cases()
+    known = model_classes.architectures(environments.vllm_of(release))
+    return [case for case in cases() if case.model.architecture in known]

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,15 +68,19 @@ def checks_of(release: str, quick: bool = False) -> list[str]:
 
 
 def run(
-    releases: Iterable[str], graphs: Path | None = None, matching: str = "", quick: bool = False
+    releases: Iterable[str], graphs: Path | None = None, matching: str = "", quick: bool = False, jobs: int = 1
 ) -> Iterator[Outcome]:
     """Outcomes in the order of `releases`, of the checks whose names match; graphs as text go to `graphs`/release."""
     with tempfile.TemporaryDirectory(prefix="mla-fusion-matrix-") as folder:
         site = Path(folder) / "site"
         environments.install_plugins(site)
-        for release in releases:
+
+        def probe(release: str) -> Outcome:
             checks = [check for check in checks_of(release, quick) if check == HOOKS or re.search(matching, check)]
-            yield _probe(release, checks, site, Path(folder) / release, graphs)
+            return _probe(release, checks, site, Path(folder) / release, graphs)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            yield from pool.map(probe, releases)
 
 
 def _probe(release: str, checks: list[str], site: Path, scratch: Path, graphs: Path | None) -> Outcome:

@@ -17,8 +17,6 @@ def enter(config: VllmConfig) -> None:
     """Puts this process into the groups that the first worker of this config is in."""
     size = config.parallel_config.world_size
     if torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() == size:
-            return
         distributed.destroy_model_parallel()
         distributed.destroy_distributed_environment()
     with ExitStack() as stack:
@@ -31,7 +29,10 @@ def enter(config: VllmConfig) -> None:
         stack.enter_context(set_current_vllm_config(config))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         distributed.init_distributed_environment(size, 0, "env://", 0, "fake")
-        distributed.initialize_model_parallel(config.parallel_config.tensor_parallel_size, 1)
+        distributed.initialize_model_parallel(
+            config.parallel_config.tensor_parallel_size,
+            decode_context_model_parallel_size=config.parallel_config.decode_context_parallel_size,
+        )
 
 
 def _fake_group(stock: Any) -> Any:
