@@ -18,6 +18,13 @@ class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        return _Class(name, (), {}) if name[0].isupper() else _stand_in
+
+
+class _Class(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return _stand_in
 
 
