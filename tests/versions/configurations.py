@@ -57,7 +57,6 @@ CACHES = tuple(Configuration(f"cache {dtype}", arguments={"kv_cache_dtype": dtyp
 
 SIZES = Configuration("compile_sizes", {"compile_sizes": [1, 8]})
 INVARIANT = Configuration("batch invariant", environ={"VLLM_BATCH_INVARIANT": "1"})
-ONLINE_FP8 = Configuration("--quantization fp8", arguments={"quantization": "fp8"})
 LORA = Configuration("LoRA", arguments={"enable_lora": True, "max_lora_rank": 16})
 TENSOR_PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
 TWO_GPUS = (
@@ -96,9 +95,7 @@ def cases() -> list[Case]:
     found = quick_cases()
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in everything]
     found += [Case(DEEPSEEK_V3, checkpoint, each) for checkpoint in CROSSED for each in MOST_DIFFERENT]
-    found += [
-        Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS, ONLINE_FP8)
-    ]
+    found += [Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS)]
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_TENSOR, each) for each in TWO_GPUS]
     found += [Case(DEEPSEEK_MTP, checkpoints.INT4_EXPERTS, DEFAULT)]
     found += [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]

@@ -116,6 +116,7 @@ def build(config: VllmConfig, case: Case, mode: FakeTensorMode) -> torch.nn.Modu
         mode,
         device,
         weights.fake_parameters(),
+        weights.KnownValues(),
     ):
         model = _draft(config) if case.model.draft else initialize_model(config)
         weights.process(model)

@@ -32,6 +32,11 @@ NOT_COMPILED = "vLLM compiles no part of this model class"
 
 LIMITS: tuple[Limit, ...] = (
     Limit(
+        "cache fp8_e5m2$",
+        "No valid attention backend found",
+        "`--kv-cache-dtype fp8_e5m2`: no MLA backend of vLLM takes it on an NVIDIA GPU",
+    ),
+    Limit(
         "^(LongCatFlashMTPModel|Glm4MoeLiteMTPModel),",
         NOT_COMPILED,
         "LongCat-Flash's and GLM-4-MoE-Lite's MTP drafts: vLLM does not compile these classes",

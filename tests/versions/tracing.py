@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes.joint_graph import UniformValueConstantFolder
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from vllm.compilation import backends, compiler_interface
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
@@ -40,6 +41,12 @@ class Trace:
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = zip(self.before, self.after, self.code, strict=True)
         path.write_text("\n\n".join("BEFORE\n{}\nAFTER\n{}\nCODE\n{}".format(*part) for part in parts))
+
+
+class _OnCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
 
 
 class _Recorded(Exception):
@@ -106,6 +113,7 @@ def _recording(trace: Trace) -> Iterator[None]:
     stock_call = backends.VllmBackend.__call__
     stock_codegen = GraphLowering.codegen
     stock_deduce_value = UniformValueConstantFolder._deduce_value
+    stock_add_peephole_patterns = UniformValueConstantFolder._add_peephole_patterns
 
     def configure_post_pass(backend: Any) -> None:
         stock_configure(backend)
@@ -116,6 +124,10 @@ def _recording(trace: Trace) -> Iterator[None]:
         wrapper, _ = stock_codegen(lowering)
         trace.code.append(wrapper.value)
         raise _Recorded
+
+    def add_peephole_patterns(folder: Any) -> None:
+        with _OnCpu():
+            stock_add_peephole_patterns(folder)
 
     def deduce_value(folder: Any, node: torch.fx.Node) -> Any:
         """Constants are folded with real tensors."""
@@ -137,6 +149,7 @@ def _recording(trace: Trace) -> Iterator[None]:
         stack.enter_context(patch.object(backends.VllmBackend, "__call__", call))
         stack.enter_context(patch.object(GraphLowering, "codegen", generate))
         stack.enter_context(patch.object(UniformValueConstantFolder, "_deduce_value", deduce_value))
+        stack.enter_context(patch.object(UniformValueConstantFolder, "_add_peephole_patterns", add_peephole_patterns))
         for adaptor in (compiler_interface.InductorAdaptor, compiler_interface.InductorStandaloneAdaptor):
             stack.enter_context(patch.object(adaptor, "compile", _stopping(adaptor.compile, after_passes)))
         yield

@@ -35,7 +35,7 @@ def _fake_class(cls: type) -> type:
     return type(cls.__name__, (FakeTensor, cls), {"__init__": cls.__init__})
 
 
-class _KnownValues(TorchDispatchMode):
+class KnownValues(TorchDispatchMode):
     """Answers where code looks at values: scales are 1, all alike, and whatever is asserted of them holds."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,6 @@ def process(model: torch.nn.Module) -> None:
     """What vLLM does after loading, without attention's own, which no graph shows."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.Tensor, "numpy", _zeros))
-        stack.enter_context(_KnownValues())
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, QuantizeMethodBase):

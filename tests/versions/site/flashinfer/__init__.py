@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks like FlashInfer to vLLM: every module and every name is there; every function returns its first tensor."""
+"""Looks like FlashInfer to vLLM: every module and every name is there; a function returns its first tensor."""
 
 import importlib.abc
 import importlib.machinery
@@ -18,19 +18,32 @@ class _Module(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Class(name, (), {}) if name[0].isupper() else _stand_in
+        return _Class(name, (_Instance,), {}) if name[0].isupper() else _function(name)
 
 
 class _Class(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _stand_in
+        return _function(name)
 
 
-def _stand_in(*args: Any, **kwargs: Any) -> Any:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    return tensors[0] if tensors else _Module("result")
+def _function(name: str) -> Any:
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if not tensors:
+            return _Module("result")
+        return torch.arange(len(tensors[0])) if "indices" in name else tensors[0]
+
+    return stand_in
+
+
+class _Instance(metaclass=_Class):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(type(self), name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
