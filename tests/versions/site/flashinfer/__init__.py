@@ -4,6 +4,7 @@
 import importlib.abc
 import importlib.machinery
 import sys
+import zlib
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -25,7 +26,8 @@ class _Class(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _function(name)
+        is_constant = name[0] == "k" and name[1:2].isupper()
+        return zlib.crc32(name.encode()) % 1000 if is_constant else _function(name)
 
 
 def _function(name: str) -> Any:
