@@ -66,7 +66,7 @@ class _Replay(fx.Interpreter):
         if target in uninterpreted.OF_TORCH:
             return uninterpreted.call(target, args, kwargs, self.node)
         if target is torch.ops.prims.convert_element_type.default:
-            return args[0]
+            return args[0] if args[0].is_floating_point() or args[1].is_floating_point else args[0].to(args[1])
         if target in EMPTY:
             return torch.zeros(args[0])
         if "device" in kwargs:

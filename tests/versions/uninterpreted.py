@@ -15,13 +15,11 @@ from .tracing import NUM_TOKENS
 
 WEIGHTS = 4096
 
-# Of torch's own, those that look at bits or that multiply what is float32 here.
+# Of torch's own, those that look at the bits of, or multiply, what is float32 here.
 OF_TORCH = {
     torch.ops.aten._scaled_mm.default,
     torch.ops.aten._int_mm.default,
     torch.ops.aten.view.dtype,
-    torch.ops.aten.bitwise_and.Scalar,
-    torch.ops.aten.bitwise_and.Tensor,
 }
 
 
