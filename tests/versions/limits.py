@@ -37,6 +37,12 @@ LIMITS: tuple[Limit, ...] = (
         "`--kv-cache-dtype fp8_e5m2`: no MLA backend of vLLM takes it on an NVIDIA GPU",
     ),
     Limit(
+        "sequence parallel$|async TP$",
+        "enable_sp",
+        "sequence parallelism and async TP: vLLM 0.32 took these passes away",
+        oldest="0.32.0",
+    ),
+    Limit(
         "^(LongCatFlashMTPModel|Glm4MoeLiteMTPModel),",
         NOT_COMPILED,
         "LongCat-Flash's and GLM-4-MoE-Lite's MTP drafts: vLLM does not compile these classes",
