@@ -79,7 +79,7 @@ def _variant_problems(variant: Variant, scratch: Path) -> Iterator[str]:
     if AITER:
         with patch.multiple(passes, fuse=lambda graph: None, defunctionalise=lambda graph: None):
             stock = _trace(config, variant, mode)
-        yield from _rival_problems(graphs._count(stock.after), graphs._count(trace.after))
+        yield from _rival_problems(graphs.count(stock.after), graphs.count(trace.after))
     with mode:
         yield from hooks.layer_problems(config, variant.cache_dtype)
         yield from _left_alone_problems(config)
@@ -92,7 +92,7 @@ def _trace(config: Any, variant: Variant, mode: FakeTensorMode) -> tracing.Trace
 
 def _graph_problems(variant: Variant, trace: tracing.Trace) -> Iterator[str]:
     """vLLM may compile a graph for several ranges of sizes; each must be fused."""
-    before, after = graphs._count(trace.before), graphs._count(trace.after)
+    before, after = graphs.count(trace.before), graphs.count(trace.after)
     updates, calls = before[graphs.UPDATE], after[graphs.FUSED] + after[FUSED_WITH_NORM]
     if updates == 0 or updates % stock_model.NUM_LAYERS or calls != updates:
         yield f"{calls} fused calls for {updates} cache updates of {stock_model.NUM_LAYERS} layers"

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m tests.versions`: the plugin's pass on the graphs of every supported vLLM release, without a GPU.
 
-Prints a Markdown table: per release and form of RoPE, in how many variants every MLA layer was fused, and where whole
-engines ran (`python -m tests.versions.end_to_end`, and by hand on GPUs).
+Prints a Markdown table: per release and form of checkpoint, in how many configurations every MLA layer of whole models
+was fused, in how many forms of RoPE those of bare layers, and where whole engines ran (`python -m
+tests.versions.end_to_end`, and by hand on GPUs).
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -27,13 +29,24 @@ def main() -> int:
     parser.add_argument(
         "--graphs", type=Path, metavar="FOLDER", help="write the graphs before and after the passes here"
     )
-    parser.add_argument("--readme", action="store_true", help="put the table into tests/README.md; not with --only")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only checks whose names match")
+    parser.add_argument("--quick", action="store_true", help="of the whole models only those that CI traces")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many releases at a time, a core each")
+    parser.add_argument("--list", action="store_true", help="print the names of the checks, and run none")
+    parser.add_argument(
+        "--readme", action="store_true", help="put the table into tests/README.md; not with --only, --match or --quick"
+    )
     arguments = parser.parse_args()
-    if arguments.readme and arguments.only != list(environments.TORCH_OF_RELEASE):
-        parser.error("--readme needs the outcome of all releases")
+    whole = arguments.only == list(environments.TORCH_OF_RELEASE) and not arguments.match and not arguments.quick
+    if arguments.readme and not whole:
+        parser.error("--readme needs the outcome of everything; leave --only, --match and --quick out")
+    if arguments.list:
+        names = (check for release in arguments.only for check in matrix.checks_of(release, arguments.quick))
+        print("\n".join(name for name in dict.fromkeys(names) if re.search(arguments.match, name)))
+        return 0
     print(matrix.markdown_header(), flush=True)
     outcomes = []
-    for outcome in matrix.run(arguments.only, arguments.graphs):
+    for outcome in matrix.run(arguments.only, arguments.graphs, arguments.match, arguments.quick, arguments.jobs):
         print(matrix.markdown_row(outcome), flush=True)
         outcomes.append(outcome)
     if arguments.readme:

@@ -13,32 +13,52 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch.utils._triton import has_triton
 from triton import runtime
 from triton.backends.compiler import GPUTarget
+from vllm.platforms import current_platform
 
 from .stock_model import NUM_LAYERS
 from .variants import GEOMETRIES, Variant
 
 KEY_IS_COPIED = "the rotated key is copied"
 
-H100 = SimpleNamespace(
-    name="NVIDIA H100 80GB HBM3",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    max_threads_per_block=1024,
-    max_threads_per_multi_processor=2048,
-    regs_per_multiprocessor=65536,
-    shared_memory_per_block=49152,
-    shared_memory_per_block_optin=232448,
-    shared_memory_per_multiprocessor=233472,
-    total_memory=80 << 30,
-    warp_size=32,
-    L2_cache_size=50 << 20,
-)
+COMMON = {
+    "max_threads_per_block": 1024,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "shared_memory_per_multiprocessor": 233472,
+    "warp_size": 32,
+    "minor": 0,
+}
+GPUS = {
+    9: SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3",
+        major=9,
+        multi_processor_count=132,
+        total_memory=80 << 30,
+        L2_cache_size=50 << 20,
+        **COMMON,
+    ),
+    10: SimpleNamespace(
+        name="NVIDIA B200",
+        major=10,
+        multi_processor_count=148,
+        total_memory=180 << 30,
+        L2_cache_size=126 << 20,
+        **COMMON,
+    ),
+}
+
+
+def _gpu() -> SimpleNamespace:
+    """What the pretended platform says that it is."""
+    major, _ = getattr(type(current_platform), "capability", (9, 0))
+    return GPUS[major]
 
 
 class _TritonDriver:
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * _gpu().major, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -49,20 +69,21 @@ class _TritonDriver:
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Inductor sees an H100; nothing that it generates is compiled or timed."""
+    """Inductor sees the GPU that the platform pretends; nothing that it generates is compiled or timed."""
     interface = device_interface.CudaInterface
+    gpu = _gpu()
     stand_ins = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
-        "get_device_properties": lambda device=None: H100,
-        "get_device_capability": lambda device=None: (H100.major, H100.minor),
+        "get_device_properties": lambda device=None: gpu,
+        "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
     }
     runtime.driver.set_active(_TritonDriver())
     with ExitStack() as stack:
         stack.enter_context(patch.multiple(torch.cuda, **stand_ins))
-        stack.enter_context(patch.object(interface, "get_device_properties", lambda device=None: H100))
-        stack.enter_context(patch.dict(device_interface.caching_worker_device_properties, cuda=[H100]))
+        stack.enter_context(patch.object(interface, "get_device_properties", lambda device=None: gpu))
+        stack.enter_context(patch.dict(device_interface.caching_worker_device_properties, cuda=[gpu]))
         stack.enter_context(patch.object(PythonWrapperCodegen, "generate_and_run_autotune_block", lambda wrapper: None))
         has_triton.cache_clear()
         stack.callback(has_triton.cache_clear)
@@ -79,23 +100,31 @@ def problems_of(variant: Variant, code: list[str]) -> Iterator[str]:
         yield f"{launches} Triton kernels are launched, at most {allowed} expected"
 
 
-def copies(code: list[str]) -> Iterator[str]:
+def copies(code: list[str], num_layers: int = NUM_LAYERS) -> Iterator[str]:
     """Fused calls that do not read the query and the key where a projection left them, and copies of their keys."""
     num_calls = 0
-    for lines in map(str.splitlines, code):
+    for text in code:
+        outputs = _outputs_of_kernels(text)
+        lines = text.splitlines()
         for number, call in enumerate(lines):
             if re.search(r"fused_(norm_)?concat_and_cache_mla_rope\.default\(", call):
                 num_calls += 1
-                yield from _copies_for(call, lines[:number])
+                yield from _copies_for(call, lines[:number], outputs)
                 yield from _copies_of_key(call, lines[number + 1 :])
-    if num_calls != NUM_LAYERS:
-        yield f"{num_calls} fused calls in the generated code, expected {NUM_LAYERS}"
+    if num_calls != num_layers:
+        yield f"{num_calls} fused calls in the generated code, expected {num_layers}"
 
 
-def _copies_for(call: str, before: list[str]) -> Iterator[str]:
+def _outputs_of_kernels(code: str) -> dict[str, list[bool]]:
+    """Which arguments each Triton kernel writes."""
+    kernels = re.findall(r"^def (triton_\w+)\((.*?)\):", code, re.MULTILINE)
+    return {name: ["out_ptr" in argument for argument in arguments.split(", ")] for name, arguments in kernels}
+
+
+def _copies_for(call: str, before: list[str], outputs: dict[str, list[bool]]) -> Iterator[str]:
     for name in ("q_pe", "k_pe"):
         found = _buffer_of(name, call)
-        if found is None or not _is_written_by_projection(found, before):
+        if found is None or _writer(found, before, outputs) is not None:
             yield f"{name} is not a view of a projection's output: {call.strip()}"
 
 
@@ -113,16 +142,20 @@ def _copies_of_key(call: str, after: list[str]) -> Iterator[str]:
 
 
 def _buffer_of(name: str, call: str) -> str | None:
-    found = re.search(rf"{name}=reinterpret_tensor\((\w+),", call)
+    found = re.search(rf"{name}=(?:reinterpret_tensor\()?(\w+)[,)]", call)
     return found and found[1]
 
 
-def _is_written_by_projection(buffer: str, lines: list[str]) -> bool:
-    """Whether the last line that makes the buffer is a matrix product."""
+def _writer(buffer: str, lines: list[str], outputs: dict[str, list[bool]]) -> str | None:
+    """The line in which a Triton kernel writes what `buffer` holds; None if an op made it and no kernel touched it."""
     for line in reversed(lines):
-        if f"out={buffer})" in line:
-            return "extern_kernels.mm(" in line
+        if launch := re.search(r"(triton_\w+)\.run\((.*?)\)", line):
+            given = [argument.strip() for argument in launch[2].split(",")]
+            if any(
+                written and argument == buffer for written, argument in zip(outputs[launch[1]], given, strict=False)
+            ):
+                return line
         if made := re.match(rf"\s*{buffer} = (.+)", line):
-            alias = re.match(r"buf\d+", made[1])
-            return _is_written_by_projection(alias[0], lines) if alias else "fused_qkv_a_proj" in made[1]
-    return False
+            alias = re.match(r"(?:reinterpret_tensor\()?(buf\d+)\b", made[1])
+            return _writer(alias[1], lines[: lines.index(line)], outputs) if alias else None
+    return None

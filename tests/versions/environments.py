@@ -115,10 +115,10 @@ def install_plugin(site: Path) -> None:
 
 
 def install_plugins(site: Path) -> None:
-    """Install this plugin, and the pretended platform, where the releases' interpreters find their entry points."""
+    """Install this plugin, the pretended platform and what only looks like a library of kernels."""
     install_plugin(site)
     write_plugin_metadata(site, "vllm.platform_plugins", "pretended_cuda", "qualname")
-    shutil.copy(HERE / "pretended_cuda.py", site)
+    shutil.copytree(HERE / "site", site, dirs_exist_ok=True)
 
 
 def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:

@@ -47,7 +47,7 @@ def other_meaning(trace: Trace) -> Iterator[str]:
 
 
 def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
-    ops = _count(graphs)
+    ops = count(graphs)
     if ops[UPDATE] != NUM_LAYERS:
         yield f"{ops[UPDATE]} cache updates before the pass, expected {NUM_LAYERS}"
     for op in ("_C::rotary_embedding", "vllm::flashinfer_rotary_embedding"):
@@ -57,7 +57,7 @@ def _problems_before(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
 
 
 def _leftovers(graphs: list[fx.Graph], unwanted: set[str]) -> Iterator[str]:
-    ops = _count(graphs)
+    ops = count(graphs)
     yield from (f"left over: {ops[op]} x {op}" for op in sorted(unwanted & ops.keys()))
 
 
@@ -65,9 +65,9 @@ def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
     """What is wrong with the cache updates after the pass: there is one fused call in place for each layer."""
     yield from _leftovers(graphs, {UPDATE})
     expected = FUSED if GEOMETRIES[variant.geometry]["q_lora_rank"] else FUSED_WITH_NORM
-    calls = [node for graph in graphs for node in graph.nodes if _op_name(node) in (FUSED, FUSED_WITH_NORM)]
-    if [_op_name(call) for call in calls] != [expected] * NUM_LAYERS:
-        yield f"fused calls {[_op_name(call) for call in calls]}, expected {NUM_LAYERS} x {expected}"
+    calls = [node for graph in graphs for node in graph.nodes if op_name(node) in (FUSED, FUSED_WITH_NORM)]
+    if [op_name(call) for call in calls] != [expected] * NUM_LAYERS:
+        yield f"fused calls {[op_name(call) for call in calls]}, expected {NUM_LAYERS} x {expected}"
     for call in calls:
         if call.target is auto_functionalized:
             yield f"{call.name} is not in place"
@@ -77,11 +77,11 @@ def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
             yield f"{call.name} has kv_cache_dtype={call.kwargs['kv_cache_dtype']}"
 
 
-def _count(graphs: list[fx.Graph]) -> Counter[str | None]:
-    return Counter(_op_name(node) for graph in graphs for node in graph.nodes)
+def count(graphs: list[fx.Graph]) -> Counter[str | None]:
+    return Counter(op_name(node) for graph in graphs for node in graph.nodes)
 
 
-def _op_name(node: fx.Node) -> str | None:
+def op_name(node: fx.Node) -> str | None:
     """The op that a node calls, also through auto_functionalized."""
     target = node.args[0] if node.target is auto_functionalized else node.target
     return target._schema.name if isinstance(target, torch._ops.OpOverload) else None

@@ -4,15 +4,17 @@
 import argparse
 import json
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .configurations import Case, cases
 from .variants import IN_PLACE, IN_PLACE_NAME, SPARSE, Variant, all_variants
 
 # As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
@@ -21,15 +23,24 @@ from .variants import IN_PLACE, IN_PLACE_NAME, SPARSE, Variant, all_variants
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
-    parser.add_argument("--sparse", action="store_true", help="the release compiles sparse MLA from its MLA wrapper")
+    parser.add_argument("checks", nargs="+", help="names of what to check; the hooks come first in any case")
     arguments = parser.parse_args()
     _report("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
-        for variant in all_variants():
-            _report(str(variant), lambda variant=variant: _problems_of(variant, Path(scratch), arguments.graphs))
-        _report(IN_PLACE_NAME, lambda: _in_place_problems(Path(scratch), arguments.graphs))
-        if arguments.sparse:
-            _report(str(SPARSE), lambda: _sparse_problems(Path(scratch)))
+        for name, problems_of in _checks(Path(scratch), arguments.graphs).items():
+            if name in arguments.checks:
+                _report(name, problems_of)
+
+
+def _checks(scratch: Path, graphs_folder: Path | None) -> dict[str, Callable[[], Iterable[str]]]:
+    checks: dict[str, Callable[[], Iterable[str]]] = {}
+    for variant in all_variants():
+        checks[str(variant)] = partial(_problems_of, variant, scratch, graphs_folder)
+    checks[IN_PLACE_NAME] = partial(_in_place_problems, scratch, graphs_folder)
+    checks[str(SPARSE)] = partial(_sparse_problems, scratch)
+    for case in cases():
+        checks[str(case)] = partial(_case_problems, case, scratch, graphs_folder)
+    return checks
 
 
 def _hook_problems() -> Iterable[str]:
@@ -46,13 +57,12 @@ def _hook_problems() -> Iterable[str]:
 def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
     from vllm_mla_fusion.host import report
 
-    from . import codegen, graphs, hooks, stock_model, tracing
+    from . import codegen, graphs, hooks, stock_model, tracing, world
 
     report._left_alone.clear()
     config = stock_model.vllm_config(variant, scratch / "model")
     yield from hooks.config_problems(config)
-    if not torch.distributed.is_initialized():
-        stock_model.init_single_process(config, scratch / "rendezvous")
+    world.enter(config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = stock_model.build(config, variant, mode)
     trace = tracing.trace_compilation(model, config, mode)
@@ -95,13 +105,21 @@ def _sparse_problems(scratch: Path) -> Iterable[str]:
     yield from (f"the pass says: {reason}" for reason in report._left_alone)
 
 
+def _case_problems(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
+    from . import judge
+
+    return judge.problems_of_case(case, scratch / "whole", graphs_folder)
+
+
 def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
     problems = []
+    start = time.process_time()
     try:
         problems.extend(find_problems())
     except Exception:
         problems.append(traceback.format_exc())
-    print(json.dumps({"check": name, "problems": problems}), flush=True)
+    seconds = round(time.process_time() - start, 1)
+    print(json.dumps({"check": name, "problems": problems, "seconds": seconds}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support table of tests/README.md: the matrix's own table between two comments."""
+"""The support table of tests/README.md: the matrix's own table between two comments, and the reasons under it."""
 
 from collections.abc import Iterable
 
 from . import environments, matrix
 
-README = environments.PLUGIN_ROOT / "tests" / "README.md"
+README = environments.PLUGIN_ROOT / "tests/README.md"
 BEGIN = "<!-- by `python -m tests.versions --readme` -->\n"
 END = "<!-- end of the table -->\n"
 
@@ -14,7 +14,7 @@ def write(outcomes: Iterable[matrix.Outcome]) -> None:
     """Puts the table of these outcomes into tests/README.md.
 
     Raises:
-        ValueError: tests/README.md has not both comments.
+        ValueError: it has not both comments.
     """
     before, _, after = _parts()
     README.write_text(f"{before}{BEGIN}{table(outcomes)}{END}{after}")
@@ -26,7 +26,9 @@ def current_table() -> str:
 
 
 def table(outcomes: Iterable[matrix.Outcome]) -> str:
-    return "\n".join([matrix.markdown_header(), *map(matrix.markdown_row, outcomes)]) + "\n"
+    outcomes = list(outcomes)
+    lines = [matrix.markdown_header(), *map(matrix.markdown_row, outcomes)]
+    return "\n".join([*lines, "", matrix.markdown_reasons(outcomes)]) + "\n"
 
 
 def _parts() -> tuple[str, str, str]:

@@ -11,22 +11,24 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
+from . import uninterpreted
 from .stock_model import HF_CONFIG
 from .tracing import NUM_TOKENS
 
 V_HEAD_DIM = HF_CONFIG["v_head_dim"]
+EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 POOL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
 
 
 def differences(before: fx.Graph, after: fx.Graph) -> Iterator[str]:
     """What the two graphs return or write to the KV cache differently."""
     expected, actual = _Replay(before), _Replay(after)
-    inputs = [_input(*numbered) for numbered in enumerate(before.find_nodes(op="placeholder"))]
     with torch.no_grad():
-        outputs = zip(expected.run(*inputs), actual.run(*inputs), strict=True)
+        # Each gets inputs of its own: some graphs write to them.
+        outputs = zip(expected.run(*_inputs(before)), actual.run(*_inputs(before)), strict=True)
     for index, (wanted, found) in enumerate(outputs):
         # An empty output only carries the order of cache write and attention; the pass may put anything there.
-        if wanted.numel() > 0 and not _close(wanted, found):
+        if not _is_empty(wanted) and not _close(wanted, found):
             yield f"output {index} has other values"
     if len(expected.writes) != len(actual.writes):
         yield f"{len(actual.writes)} cache writes, {len(expected.writes)} without the pass"
@@ -34,9 +36,15 @@ def differences(before: fx.Graph, after: fx.Graph) -> Iterator[str]:
         yield from (f"{name} of a cache write differs" for name in wanted if not _close(wanted[name], found[name]))
 
 
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 0
+
+
 def _close(wanted: Any, found: Any) -> bool:
+    if isinstance(wanted, (tuple, list)):
+        return len(wanted) == len(found) and all(map(_close, wanted, found))
     if not isinstance(wanted, torch.Tensor):
-        return wanted == found
+        return not isinstance(found, torch.Tensor) and wanted == found
     return wanted.shape == found.shape and torch.allclose(wanted, found, rtol=1e-3, atol=1e-3)
 
 
@@ -45,16 +53,24 @@ class _Replay(fx.Interpreter):
         super().__init__(fx.GraphModule({}, graph))
         self.writes: list[dict[str, Any]] = []
 
+    def run_node(self, node: fx.Node) -> Any:
+        self.node = node
+        return super().run_node(node)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is auto_functionalized:
             return self._functional(args[0], kwargs)
-        stand_in = getattr(self, f"_{target._schema.name.split('::')[1]}", None) if _is_op(target) else None
-        if stand_in is not None:
-            return stand_in(*args, **kwargs)
+        if _is_op(target):
+            stand_in = getattr(self, f"_{target._schema.name.split('::')[1]}", None)
+            return stand_in(*args, **kwargs) if stand_in else uninterpreted.call(target, args, kwargs, self.node)
+        if target in uninterpreted.OF_TORCH:
+            return uninterpreted.call(target, args, kwargs, self.node)
         if target is torch.ops.prims.convert_element_type.default:
-            return args[0]
-        if target is torch.ops.aten.empty.memory_format:
+            return args[0] if args[0].is_floating_point() or args[1].is_floating_point else args[0].to(args[1])
+        if target in EMPTY:
             return torch.zeros(args[0])
+        if "device" in kwargs:
+            kwargs = kwargs | {"device": "cpu", "dtype": uninterpreted.replayed(kwargs.get("dtype"))}
         return super().call_function(target, args, kwargs)
 
     def _functional(self, op: Any, kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -161,6 +177,10 @@ def _is_op(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims")
 
 
+def _inputs(graph: fx.Graph) -> list[Any]:
+    return [_input(*numbered) for numbered in enumerate(graph.find_nodes(op="placeholder"))]
+
+
 def _input(index: int, placeholder: fx.Node) -> Any:
     """A value for the graph's input of this number."""
     value = placeholder.meta.get("val")
@@ -169,7 +189,7 @@ def _input(index: int, placeholder: fx.Node) -> Any:
     if not isinstance(value, torch.Tensor):
         return placeholder.name
     shape = [size if isinstance(size, int) else NUM_TOKENS for size in value.shape]
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point and shape == [NUM_TOKENS]:
         return torch.arange(NUM_TOKENS) * 3 + 1
     start, numel = index * 7919, torch.Size(shape).numel()
     scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0  # keeps products with weights near one

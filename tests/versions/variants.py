@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from .models import YARN
+
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "V2-Lite": {"hidden_size": 2048, "num_attention_heads": 16, "q_lora_rank": None},
     "V3": {"hidden_size": 7168, "num_attention_heads": 128, "q_lora_rank": 1536},
@@ -17,17 +19,6 @@ GEOMETRIES["V3.2"] = {
     "index_topk": 2048,
     "index_n_heads": 64,
     "index_head_dim": 128,
-}
-
-YARN = {
-    "rope_type": "deepseek_yarn",
-    "rope_theta": 10000.0,
-    "factor": 40.0,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
 }
 
 

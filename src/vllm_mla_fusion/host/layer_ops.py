@@ -64,7 +64,7 @@ def _function(op: Op) -> Callable[..., Any]:
         given = values[:before_cache]
         # What Inductor computes itself may reach an op in another layout than traced.
         if not values[q_pe].stride(-1) == values[k_pe].stride(-1) == values[kv_c].stride(-1) == 1:
-            given = [each.contiguous() if isinstance(each, torch.Tensor) else each for each in given]
+            given = tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in given)
         kernel.overload(op)(*given, slots, kv_cache, kernels_dtype, values[scale], *outputs)
         if given[q_pe] is not values[q_pe]:
             values[q_pe].copy_(given[q_pe])

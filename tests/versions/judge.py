@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must hold for a whole model: every MLA layer is fused, nothing is copied for it, and all else is as in stock."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._subclasses.fake_tensor import FakeTensorMode
+from vllm.config import VllmConfig
+from vllm.model_executor.models import registry
+
+from vllm_mla_fusion.host import layers, report
+
+from . import codegen, decoder, graphs, replay, tracing, world
+from .configurations import Case
+from .limits import NOT_COMPILED
+from .tracing import Trace
+
+
+def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterator[str]:
+    """Traces the case's model; what is wrong with it."""
+    report._left_alone.clear()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with decoder.pretended(case):
+        config = decoder.vllm_config(case, scratch)
+        world.enter(config)
+        with decoder.as_in_worker(config):
+            model = decoder.build(config, case, mode)
+            expected = registry._VLLM_MODELS[case.model.architecture][1]
+            if expected not in [each.__name__ for each in type(model).__mro__]:
+                yield f"the model is a {type(model).__name__}, expected {expected}"
+            if not decoder.is_compiled(model):
+                yield NOT_COMPILED
+                return
+            trace = tracing.trace_compilation(model, config, mode, decoder.inputs)
+    if graphs_folder is not None:
+        trace.write(graphs_folder / f"{case}.txt")
+    yield from problems_of(config, trace, case.model.num_mla_layers)
+
+
+def problems_of(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:
+    """What is wrong; the first line says how many layers are fused if not all are."""
+    found = len(layers.mla_layers(config))
+    if found != num_layers:
+        yield f"the model has {found} MLA layers, expected {num_layers}"
+    yield from _fused(config, trace, num_layers)
+    yield from (f"the pass says: {reason}" for reason in report._left_alone)
+    for stock, after in zip(trace.stock, trace.after, strict=True):
+        yield from replay.differences(stock, after)
+    yield from codegen.copies(trace.code, graphs.count(trace.before)[graphs.UPDATE])
+
+
+def _fused(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:
+    # vLLM may compile a graph for several ranges of sizes.
+    updates = graphs.count(trace.before)[graphs.UPDATE]
+    if updates == 0 or updates % num_layers:
+        yield f"{updates} cache updates in the graphs of {num_layers} MLA layers"
+    calls = [
+        node
+        for graph in trace.after
+        for node in graph.nodes
+        if graphs.op_name(node) in (graphs.FUSED, graphs.FUSED_WITH_NORM)
+    ]
+    if len(calls) != updates or graphs.count(trace.after)[graphs.UPDATE]:
+        yield f"{len(calls)} of {updates} cache updates are fused"
+    for call in calls:
+        if call.target is auto_functionalized:
+            yield f"{call.name} is not in place"
+    dtypes = {call.kwargs["kv_cache_dtype"] for call in calls}
+    if not dtypes <= {layer.kv_cache_dtype for layer in layers.mla_layers(config).values()}:
+        yield f"the calls have kv_cache_dtype {dtypes}"
