@@ -201,6 +201,7 @@ def _float32(positions, q_pe, k_pe, cos_sin_cache, is_neox):
 
 ROPES = {**mla_layer.ROPES, "float32": _float32}
 _MUTATING = ("custom_op", "flashinfer")
+_STRIDED = ("heads_last", "mm_transposed", "strided_features")
 
 
 def _reference_rope(name: str) -> Callable:
@@ -250,6 +251,8 @@ def recipes(seed: int, count: int) -> list[Recipe]:
         recipe = {name: generator.choice(choices) for name, choices in _CHOICES.items()}
         if generator.random() < 0.5:
             recipe["layout"] = "as_it_is"
+        if recipe["query"] in _STRIDED and recipe["rope"] in _MUTATING:
+            continue  # Inductor's own decomposition of the rotary op fails
         found[Recipe(**recipe)] = None
     return list(found)
 
