@@ -32,14 +32,19 @@ def main() -> int:
     parser.add_argument("--match", default="", metavar="REGEX", help="only checks whose names match")
     parser.add_argument("--quick", action="store_true", help="of the whole models only those that CI traces")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many releases at a time, a core each")
+    parser.add_argument("--replay", type=Path, metavar="FILE", help="only run the pass on the graph of a pass failure")
     parser.add_argument("--list", action="store_true", help="print the names of the checks, and run none")
     parser.add_argument(
-        "--readme", action="store_true", help="put the table into tests/README.md; not with --only, --match or --quick"
+        "--readme", action="store_true", help="put the rows into tests/README.md; not with --match or --quick"
     )
     arguments = parser.parse_args()
-    whole = arguments.only == list(environments.TORCH_OF_RELEASE) and not arguments.match and not arguments.quick
-    if arguments.readme and not whole:
-        parser.error("--readme needs the outcome of everything; leave --only, --match and --quick out")
+    if arguments.readme and (arguments.match or arguments.quick):
+        parser.error("--readme needs the outcome of all checks; leave --match and --quick out")
+    if arguments.replay:
+        from . import failed_graph
+
+        print(failed_graph.rerun(arguments.replay))
+        return 0
     if arguments.list:
         names = (check for release in arguments.only for check in matrix.checks_of(release, arguments.quick))
         print("\n".join(name for name in dict.fromkeys(names) if re.search(arguments.match, name)))

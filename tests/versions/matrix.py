@@ -137,13 +137,13 @@ def _cell(outcome: Outcome, checks: list[str]) -> str:
     return " ".join([f"{sum(map(outcome.passed, checks))}/{len(checks)}", *letters])
 
 
-def markdown_reasons(outcomes: Iterable[Outcome]) -> str:
+def markdown_reasons() -> str:
     """The reasons behind the letters of the table."""
     found = {
         limits.letter_of(limit): limit.reason
-        for outcome in outcomes
-        for check in outcome.checks
-        if (limit := limits.limit_of(outcome.release, check))
+        for release in environments.TORCH_OF_RELEASE
+        for check in checks_of(release)
+        if (limit := limits.limit_of(release, check))
     }
     return "\n".join(f"- ({letter}) {found[letter]}." for letter in sorted(found))
 

@@ -11,13 +11,15 @@ END = "<!-- end of the table -->\n"
 
 
 def write(outcomes: Iterable[matrix.Outcome]) -> None:
-    """Puts the table of these outcomes into tests/README.md.
+    """Puts the rows of these outcomes into the table of tests/README.md; those of other releases stay.
 
     Raises:
         ValueError: it has not both comments.
     """
-    before, _, after = _parts()
-    README.write_text(f"{before}{BEGIN}{table(outcomes)}{END}{after}")
+    before, old, after = _parts()
+    rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| 0.")}
+    rows |= {outcome.release: matrix.markdown_row(outcome) for outcome in outcomes}
+    README.write_text(f"{before}{BEGIN}{_table(rows)}{END}{after}")
 
 
 def current_table() -> str:
@@ -26,9 +28,12 @@ def current_table() -> str:
 
 
 def table(outcomes: Iterable[matrix.Outcome]) -> str:
-    outcomes = list(outcomes)
-    lines = [matrix.markdown_header(), *map(matrix.markdown_row, outcomes)]
-    return "\n".join([*lines, "", matrix.markdown_reasons(outcomes)]) + "\n"
+    return _table({outcome.release: matrix.markdown_row(outcome) for outcome in outcomes})
+
+
+def _table(rows: dict[str, str]) -> str:
+    ordered = [rows[release] for release in environments.TORCH_OF_RELEASE if release in rows]
+    return "\n".join([matrix.markdown_header(), *ordered, "", matrix.markdown_reasons()]) + "\n"
 
 
 def _parts() -> tuple[str, str, str]:

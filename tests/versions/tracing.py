@@ -22,7 +22,7 @@ from vllm_mla_fusion.host import passes
 
 from . import codegen
 
-NUM_TOKENS = 7
+NUM_TOKENS = 10  # even, for sequence parallelism, and no other dimension of a model
 RIVAL = "MLARoPEKVCacheCatFusionPass"
 
 
