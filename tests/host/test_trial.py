@@ -19,7 +19,7 @@ UPDATE = torch.ops.aten.relu.default
 
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> dict[str, SimpleNamespace]:
-    monkeypatch.setattr(cache_writer, "why_not_replaced", lambda layer, *arguments: layer.problem)
+    monkeypatch.setattr(cache_writer, "_layer_problem", lambda layer: layer.problem)
     one = {"kv_cache_dtype": "auto", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "problem": None}
     return {name: SimpleNamespace(**one) for name in ("first", "second")}
 

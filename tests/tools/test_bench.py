@@ -89,7 +89,7 @@ def test_everything_is_saved(report: Report, asked: list, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [
-        (None, "pip install 'vllm-mla-fusion[bench]'"),
+        (None, "pip install 'matplotlib"),
         ("--no-plot", "--no-plot"),
         ("--variants", "the whole op's sizes"),
         ("--around-q-b", "the whole op's sizes"),

@@ -125,7 +125,7 @@ def _cache_problem(layer: Any, dtype: torch.dtype) -> str | None:
     width = layer.kv_lora_rank + layer.qk_rope_head_dim
     cache_dtype = dtype if kind == "auto" else {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind)
     cache = torch.empty(1, 1, width, dtype=cache_dtype or torch.uint8, device=support.platform().device_type)
-    return cache_writer.why_not_replaced(layer, cache, kind, torch.empty(0, dtype=dtype))
+    return cache_writer.why_not_replaced(layer, cache, kind, dtype)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import torch
 
 from vllm_mla_fusion import __version__, kernel
 from vllm_mla_fusion.host import support
+from vllm_mla_fusion.installation import install_extra
 from vllm_mla_fusion.tools import bench_cells
 from vllm_mla_fusion.tools.bench_cells import HEADS, KV_CACHE_DTYPES, TOKENS, VARIANT_HEADS, VARIANT_TOKENS, WHOLE, Cell
 
@@ -242,7 +243,7 @@ def _no_plot(options: argparse.Namespace) -> str:
     if options.variants or options.around_q_b:
         return "it shows the whole op's sizes; the table has the rest"
     if importlib.util.find_spec("matplotlib") is None:
-        return "it needs matplotlib: pip install 'vllm-mla-fusion[bench]'"
+        return f"it needs matplotlib: {install_extra('bench')}"
     return ""
 
 

@@ -115,6 +115,7 @@ def _environment(folder: Path) -> dict[str, str]:
         | with_ours
         | {
             "MLA_FUSION": "1",
+            "MLA_FUSION_CACHE_DIR": str(folder / "kernels"),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CACHE_ROOT": str(folder / "vllm"),
             "VLLM_DISABLE_COMPILE_CACHE": "1",
