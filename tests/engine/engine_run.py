@@ -35,13 +35,16 @@ def solved(outputs: list, problems: list[dict[str, str]]) -> int:
 
 def give_layers_their_own_writer() -> None:
     """Makes every layer one whose cache our kernel may not write."""
-    from vllm.v1.attention.backends.mla import cpu_mla
+    from vllm.v1.attention.backends.mla import amx_mla, cpu_mla
 
-    class OwnWriter(cpu_mla.CPUMLAImpl):
-        def do_kv_cache_update(self, *args, **kwargs) -> None:
-            super().do_kv_cache_update(*args, **kwargs)
+    # Which of the two serves depends on the CPU.
+    for backend in (cpu_mla.CPUMLABackend, amx_mla.AMXMLABackend):
 
-    cpu_mla.CPUMLABackend.get_impl_cls = staticmethod(lambda: OwnWriter)
+        class OwnWriter(backend.get_impl_cls()):
+            def do_kv_cache_update(self, *args, **kwargs) -> None:
+                super().do_kv_cache_update(*args, **kwargs)
+
+        backend.get_impl_cls = staticmethod(lambda implementation=OwnWriter: implementation)
 
 
 def options(spec: dict) -> dict:

@@ -170,8 +170,7 @@ def test_kv_connector(cache: Path, tmp_path: Path, stock_tokens: list[list[int]]
     }
     # The connector stores only prompts that are prefilled in one step.
     options = {"kv_transfer_config": connector, "max_num_batched_tokens": 8192}
-    each = {"in_process": True, "engine": options}
-    runs = [engine(mode, cache, prompts=count, **each) for mode, count in (("", 4), ("1", 8), ("0", 8))]
+    runs = [engine(mode, cache, prompts=count, engine=options) for mode, count in (("", 4), ("1", 8), ("0", 8))]
     assert [run.returncode for run in runs] == [0, 0, 0], "".join(run.log[-3000:] for run in runs)
     assert [run.log.count("External Cache Hit!") for run in runs] == [0, 4, 8]
     assert runs[1].log.count(FUSED) == 1
