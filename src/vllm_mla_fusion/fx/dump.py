@@ -111,8 +111,10 @@ class _Writer:
             "nbytes": self.value(storage.nbytes()),
         }
 
-    def _symbolic(self, value: Any) -> dict[str, str]:
+    def _symbolic(self, value: Any) -> Any:
         expression, environment = value.node.expr, value.node.shape_env
+        if not expression.free_symbols:
+            return int(expression) if isinstance(value, torch.SymInt) else str(expression)
         # Renamed in torch 2.13.
         hints = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
         for symbol in expression.free_symbols:
