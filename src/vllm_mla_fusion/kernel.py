@@ -22,8 +22,9 @@ query's latent. Its arguments: `positions`, `q_c`, `q_c_weight`, `q_epsilon`, `k
   for each row (`_C.rms_norm_dynamic_per_token_quant` without `scale_ub`); `static`, one given scale
   (`_C.rms_norm_static_fp8_quant`). A scale is `max(largest magnitude, q_smallest) / 448`; values are divided by it,
   with `static` multiplied by its reciprocal, rounded to nearest even and saturated.
-- `q_rounds_twice`: whether the normalised value is rounded to the activation dtype before the weight too, as all vLLM
-  ops named here and `_C.rms_norm` do, or once, as vLLM's compiled graphs do.
+- `q_rounds_twice`: whether the normalised value is rounded to the activation dtype before the weight too, as vLLM's
+  fused norms with groups and with a scale for each row do, or once, as `_C.rms_norm`, `_C.rms_norm_static_fp8_quant`
+  and vLLM's compiled graphs do.
 - `q_smallest`: as what a group's or row's largest magnitude counts at least: `1 / 512` in the fused ops and in
   `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`. Not read with `none`, `static`.
 - `q_static_scale`: one float32 on the device with `static`, else None.

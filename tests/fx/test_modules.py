@@ -130,6 +130,7 @@ def _rotate(positions, query, key, head_size, cos_sin_cache, is_neox, *_) -> Non
         tensor.copy_(value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_rotary_op")
 @pytest.mark.parametrize("batch", range(COUNT // BATCH))
 def test_modules(batch: int, tmp_path: Path) -> None:

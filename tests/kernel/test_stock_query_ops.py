@@ -48,8 +48,7 @@ def differing(name: str, actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_rms_norm_op(case, device: str) -> None:
     from vllm import _custom_ops as stock
 
-    # The CPU's op rounds once.
-    call, plain, _ = ours(Query(case, "none", rounds_twice=device == "cuda"), device)
+    call, plain, _ = ours(Query(case, "none", rounds_twice=False), device)
     expected = torch.empty_like(plain)
     stock.rms_norm(expected, call.q_c.contiguous(), call.q_c_weight, call.q_epsilon)
     assert differing("rms_norm", plain, expected) < 1e-3
@@ -97,7 +96,8 @@ def test_stock_quantises_our_norm_to_our_bytes(query: Query) -> None:
     _, plain, _ = ours(Query(query.case, "none", rounds_twice=query.rounds_twice, magnitude=query.magnitude))
     expected, expected_scales = quantised_by_stock(query, call, plain)
     if expected_scales is not None:
-        assert scales.stride() == expected_scales.stride()
+        if query.quant != "token":  # one column, whose stride means nothing
+            assert scales.stride() == expected_scales.stride()
         assert differing("scales", scales, expected_scales) == 0
     assert differing("values", values, expected) == 0
 
@@ -109,8 +109,8 @@ FUSED_QUERIES = [
     Query(MANY, "group", "rows", magnitude=1e-6),
     Query(MANY, "token"),
     Query(FP16, "token"),
-    Query(MANY, "static"),
-    Query(FP16, "static"),
+    Query(MANY, "static", rounds_twice=False),
+    Query(FP16, "static", rounds_twice=False),
 ]
 
 
@@ -136,7 +136,8 @@ def test_fused_ops_of_stock(query: Query) -> None:
     call, values, scales = ours(query)
     expected, expected_scales = fused_by_stock(query, call)
     if expected_scales is not None:
-        assert scales.stride() == expected_scales.stride()
+        if query.quant != "token":  # one column, whose stride means nothing
+            assert scales.stride() == expected_scales.stride()
         assert differing("scales", scales, expected_scales) < 2e-3
         torch.testing.assert_close(scales, expected_scales, rtol=2.0**-7, atol=0)
     assert differing("values", values, expected) < 1e-3

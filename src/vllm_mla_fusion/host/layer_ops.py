@@ -50,21 +50,15 @@ def _function(op: Op) -> Callable[..., Any]:
         state = state_of(layer)
         if state.is_watched:
             state.saw(op, values[q_pe])
-        is_stock = False
-        kernels_dtype = "auto"
-        if slots is None or kv_cache.numel() == 0:
-            slots, kv_cache = _nowhere(values[kv_c])
-        else:
+        is_stock, kernels_dtype = False, "auto"
+        if slots is not None and kv_cache.numel() != 0:
             decision = state.decide(layer, kv_cache, values[dtype], values[kv_c])
-            kernels_dtype = decision.kernels_dtype
-            is_stock = decision.reason is not None
-            if is_stock:
-                slots, kv_cache = _nowhere(values[kv_c])
-                kernels_dtype = "auto"
+            is_stock, kernels_dtype = decision.reason is not None, decision.kernels_dtype
+        if is_stock or slots is None or kv_cache.numel() == 0:
+            slots, kv_cache, kernels_dtype = *_nowhere(values[kv_c]), "auto"
         given = values[:before_cache]
-        # What Inductor computes itself may reach an op in another layout than traced.
         if not values[q_pe].stride(-1) == values[k_pe].stride(-1) == values[kv_c].stride(-1) == 1:
-            given = tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in given)
+            given = _packed(given)
         kernel.overload(op)(*given, slots, kv_cache, kernels_dtype, values[scale], *outputs)
         if given[q_pe] is not values[q_pe]:
             values[q_pe].copy_(given[q_pe])
@@ -74,6 +68,11 @@ def _function(op: Op) -> Callable[..., Any]:
         return outputs if has_norm else outputs[0]
 
     return run
+
+
+def _packed(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Contiguous: what Inductor computes itself may reach an op in another layout than traced."""
+    return tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in values)
 
 
 def _nowhere(kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
