@@ -72,6 +72,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, str]]]:
     monkeypatch.setattr(kernel, "failure", lambda: None)
     monkeypatch.setattr(kernel, "library", lambda: SimpleNamespace(target=Target("cpu"), origin="JIT"))
     monkeypatch.setenv("MLA_FUSION", "1")
+    monkeypatch.delenv(activation.TOLD_VARIABLE, raising=False)
     report._left_alone.clear()
     level = activation.logger.level
     activation.logger.addHandler(handler)
