@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mla_fusion, m) {
       "str kv_cache_dtype, Tensor kv_cache_scale, Tensor(c!) k_pe_out, Tensor(d!) kv_c_normed_out) -> ()");
   m.def(
       "norms_rope_concat_and_cache_mla(Tensor positions, Tensor q_c, Tensor q_c_weight, float q_epsilon, Tensor k_pe, "
-      "Tensor kv_c, Tensor kv_c_weight, float kv_epsilon, Tensor cos_sin_cache, bool is_neox, Tensor slot_mapping, "
+      "Tensor kv_c, Tensor kv_c_weight, float epsilon, Tensor cos_sin_cache, bool is_neox, Tensor slot_mapping, "
       "Tensor(a!) kv_cache, str kv_cache_dtype, Tensor kv_cache_scale, str q_quant, bool q_rounds_twice, float q_smallest, "
       "Tensor? q_static_scale, Tensor(b!) q_c_out, Tensor(c!)? q_scales_out, Tensor(d!) k_pe_out, "
       "Tensor(e!) kv_c_normed_out) -> ()");

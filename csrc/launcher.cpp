@@ -194,7 +194,7 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
 }
 
 void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
-                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double kv_epsilon,
+                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double epsilon,
                                      const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                      std::string kv_cache_dtype, const Tensor kv_cache_scale, std::string q_quant,
                                      bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,
@@ -207,7 +207,7 @@ void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, c
   Params p = start(lead, q_c.size(0), rot_dim_of("k_pe_out", k_pe_out));
   set_query_norm(p, {q_c_weight, q_epsilon, q_quant, q_rounds_twice, q_smallest, q_static_scale, q_c_out, q_scales_out}, lead);
   set_latent(p, kv_c, lead);
-  set_latent_norm(p, kv_c_weight, kv_epsilon, kv_c_normed_out, lead);
+  set_latent_norm(p, kv_c_weight, epsilon, kv_c_normed_out, lead);
   run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
 }
 

@@ -25,7 +25,7 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
 
 // Before q_b: both norms, the query's quantisation, RoPE of the key and the cache rows.
 void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
-                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double kv_epsilon,
+                                     const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double epsilon,
                                      const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
                                      std::string kv_cache_dtype, const Tensor kv_cache_scale, std::string q_quant,
                                      bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,

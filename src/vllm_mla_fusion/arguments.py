@@ -23,6 +23,7 @@ class Part(enum.Enum):
 
     ROTATION = enum.auto()
     QUERY = enum.auto()
+    QUERY_NORM = enum.auto()
     KEY = enum.auto()
     LATENT_NORM = enum.auto()
 
@@ -33,6 +34,8 @@ class Role(enum.Enum):
     MUTATED = enum.auto()
     # Of the layer's cache in vLLM's forward context: no argument of a layer op.
     CONTEXT = enum.auto()
+    # Says how a layer op is to make an output, which the kernel's op is given.
+    FOR_OUTPUT = enum.auto()
     # Fresh memory, every element of which is written: the result of a layer op.
     OUTPUT = enum.auto()
 
@@ -43,6 +46,8 @@ class Arguments(Protocol):
     - `positions` `[num_tokens]`, int64 or int32, contiguous; rows of `cos_sin_cache`.
     - `q_pe` `[num_tokens, num_heads, rot_dim]`, bfloat16, float16 or float32 (the activation dtype); any token and head
       stride, last dimension contiguous. **Rotated in place.**
+    - `q_c` `[num_tokens, q_lora_rank]`, activation dtype, any token stride: the query's latent, where it lies in the
+      qkv_a output. Not mutated. `q_c_weight` `[q_lora_rank]`, activation dtype, and `q_epsilon`: its RMSNorm.
     - `k_pe` `[num_tokens, rot_dim]` or `[num_tokens, 1, rot_dim]`, activation dtype, any token stride. Not mutated.
     - `kv_c` `[num_tokens, kv_lora_rank]`, activation dtype, any token stride. Not mutated.
     - `kv_c_weight` `[kv_lora_rank]`, activation dtype, and `epsilon`: the RMSNorm of `kv_c`.
@@ -61,25 +66,57 @@ class Arguments(Protocol):
       64 rope values as they are; the scale of 128 values is their largest magnitude over 448, at least the smallest
       normal float32).
     - `kv_cache_scale`: one float32 on the device, no subnormal; read by the fp8 kinds only, not by `fp8_ds_mla`.
+    - `q_quant`: in which form `q_b` gets the query's latent. `none`: activation dtype. In float8_e4m3fn, by the rules
+      of the vLLM ops: `group`, a scale for each 128 values (`_C.rms_norm_per_block_quant`; `q_lora_rank` a multiple of
+      128); `group_ue8m0`, the same with scales rounded up to powers of two (`_C.per_token_group_fp8_quant` with
+      `scale_ue8m0`); `token`, a scale for each row (`_C.rms_norm_dynamic_per_token_quant` without `scale_ub`);
+      `static`, one given scale (`_C.rms_norm_static_fp8_quant`). A scale is `max(largest magnitude, q_smallest) / 448`;
+      values are divided by it, with `static` multiplied by its reciprocal, rounded to nearest even and saturated.
+    - `q_rounds_twice`: whether the normalised value is rounded to the activation dtype before the weight too, as
+      vLLM's fused norms with groups and with a scale for each row do, or once, as `_C.rms_norm`,
+      `_C.rms_norm_static_fp8_quant` and vLLM's compiled graphs do.
+    - `q_smallest`: as what a group's or row's largest magnitude counts at least: `1 / 512` in the fused ops and in
+      `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`. Not read with `none`,
+      `static`.
+    - `q_static_scale`: one float32 on the device with `static`, else None.
+    - `q_scales_layout`, of the layer op only: how `q_scales_out` lies in memory, one of `SCALE_LAYOUTS`.
+    - `q_c_out` `[num_tokens, q_lora_rank]`, contiguous, activation dtype or float8_e4m3fn. **Every row is written.**
+    - `q_scales_out`: float32 `[num_tokens, q_lora_rank / 128]` with `group` and `group_ue8m0`, `[num_tokens, 1]` with
+      `token`, of any strides, **all written**, padding is not; else None, where the layer op returns an empty tensor.
     - `k_pe_out` `[num_tokens, 1, rot_dim]`, activation dtype, contiguous. **Every row is written.**
     - `kv_c_normed_out` `[num_tokens, kv_lora_rank]`, activation dtype, contiguous. **Every row is written.**
     """
 
     positions: Annotated[Tensor, Part.ROTATION]
     q_pe: Annotated[Tensor, Part.QUERY, Role.MUTATED]
+    q_c: Annotated[Tensor, Part.QUERY_NORM]
+    q_c_weight: Annotated[Tensor, Part.QUERY_NORM]
+    q_epsilon: Annotated[float, Part.QUERY_NORM]
     k_pe: Annotated[Tensor, Part.KEY]
     kv_c: Annotated[Tensor, Part.KEY]
     kv_c_weight: Annotated[Tensor, Part.LATENT_NORM]
     epsilon: Annotated[float, Part.LATENT_NORM]
     cos_sin_cache: Annotated[Tensor, Part.ROTATION]
     is_neox: Annotated[bool, Part.ROTATION]
-    # The cache's four stand together, last before the outputs: `Op.before_cache` relies on it.
+    # The cache's four stand together: `Op.before_cache` relies on it.
     slot_mapping: Annotated[Tensor, Part.KEY, Role.CONTEXT]
     kv_cache: Annotated[Tensor, Part.KEY, Role.CONTEXT, Role.MUTATED]
     kv_cache_dtype: Annotated[str, Part.KEY]
     kv_cache_scale: Annotated[Tensor, Part.KEY]
+    q_quant: Annotated[str, Part.QUERY_NORM]
+    q_rounds_twice: Annotated[bool, Part.QUERY_NORM]
+    q_smallest: Annotated[float, Part.QUERY_NORM]
+    q_static_scale: Annotated[Tensor | None, Part.QUERY_NORM]
+    q_scales_layout: Annotated[str, Part.QUERY_NORM, Role.FOR_OUTPUT]
+    q_c_out: Annotated[Tensor, Part.QUERY_NORM, Role.OUTPUT, Role.MUTATED]
+    q_scales_out: Annotated[Tensor | None, Part.QUERY_NORM, Role.OUTPUT, Role.MUTATED]
     k_pe_out: Annotated[Tensor, Part.KEY, Role.OUTPUT, Role.MUTATED]
     kv_c_normed_out: Annotated[Tensor, Part.LATENT_NORM, Role.OUTPUT, Role.MUTATED]
+
+
+# The scales of a token side by side; those of a group; the same with columns of a multiple of four, as TMA wants them.
+SCALE_LAYOUTS = ("rows", "columns", "columns of 4")
+_GROUP = 128
 
 
 def _new_key(k_pe: Tensor) -> Tensor:
@@ -91,12 +128,35 @@ def _new_latent(kv_c: Tensor) -> Tensor:
     return torch.empty_like(kv_c, memory_format=torch.contiguous_format)
 
 
-# The memory of each output: of which argument it is made, and how; fakes give fakes.
-_NEW: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "k_pe_out": ("k_pe", _new_key),
-    "kv_c_normed_out": ("kv_c", _new_latent),
+def _new_query_latent(q_c: Tensor, q_quant: str) -> Tensor:
+    dtype = q_c.dtype if q_quant == "none" else torch.float8_e4m3fn
+    return torch.empty_like(q_c, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _new_query_scales(q_c: Tensor, q_quant: str, layout: str = "rows") -> Tensor:
+    if q_quant in ("none", "static"):
+        return torch.empty(0, dtype=torch.float32, device=q_c.device)
+    num_tokens, rank = q_c.shape
+    columns = 1 if q_quant == "token" else rank // _GROUP
+    strides = scale_strides(layout, num_tokens, columns)
+    return torch.empty_strided((num_tokens, columns), strides, dtype=torch.float32, device=q_c.device)
+
+
+def scale_strides(layout: str, num_tokens: Any, columns: int) -> tuple[Any, Any]:
+    """Strides of scales `[num_tokens, columns]` in one of `SCALE_LAYOUTS`; the number of tokens may be a symbol."""
+    if layout == "rows":
+        return columns, 1
+    return 1, num_tokens if layout == "columns" else (num_tokens + 3) // 4 * 4
+
+
+# How each output is made, and of which arguments; fakes give fakes.
+_NEW: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "q_c_out": (_new_query_latent, ("q_c", "q_quant")),
+    "q_scales_out": (_new_query_scales, ("q_c", "q_quant", "q_scales_layout")),
+    "k_pe_out": (_new_key, ("k_pe",)),
+    "kv_c_normed_out": (_new_latent, ("kv_c",)),
 }
-_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str"}
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", float: "float", str: "str"}
 
 
 @dataclass(frozen=True)
@@ -131,12 +191,16 @@ class Op:
     @functools.cached_property
     def arguments(self) -> tuple[Argument, ...]:
         """Those of the kernel's op, in order."""
-        return tuple(each for each in _all_arguments() if each.part in self.parts)
+        return tuple(each for each in self._all if Role.FOR_OUTPUT not in each.roles)
 
     @functools.cached_property
     def layer_arguments(self) -> tuple[Argument, ...]:
         """Those of the layer op, in order, without the layer's name, which is the last."""
-        return tuple(each for each in self.arguments if each.roles.isdisjoint({Role.CONTEXT, Role.OUTPUT}))
+        return tuple(each for each in self._all if each.roles.isdisjoint({Role.CONTEXT, Role.OUTPUT}))
+
+    @functools.cached_property
+    def _all(self) -> tuple[Argument, ...]:
+        return tuple(each for each in _all_arguments() if each.part in self.parts)
 
     @functools.cached_property
     def outputs(self) -> tuple[Argument, ...]:
@@ -145,29 +209,26 @@ class Op:
     @functools.cached_property
     def before_cache(self) -> int:
         """How many arguments both forms have in common before those of the cache."""
-        return next(index for index, each in enumerate(self.arguments) if Role.CONTEXT in each.roles)
+        in_cache = (index for index, each in enumerate(self.arguments) if Role.CONTEXT in each.roles)
+        return next(in_cache, len(self.arguments))
 
     def schema(self) -> str:
         """Of the kernel's op, with its name."""
         return f"{self.name}({_declared(self.arguments)}) -> ()"
 
     def layer_schema(self, layer_name_type: str) -> str:
-        """Of the layer op, with its name."""
-        returns = ", ".join(each.type for each in self.outputs)
-        returns = f"({returns})" if len(self.outputs) > 1 else returns
+        """Of the layer op, with its name. Every output is a tensor: what there is none of is an empty one."""
+        returns = ", ".join(["Tensor"] * len(self.outputs))
+        returns = returns if len(self.outputs) == 1 else f"({returns})"
         return f"{self.layer_name}({_declared(self.layer_arguments)}, {layer_name_type} layer_name) -> {returns}"
 
     def bind(self, *values: Any) -> Arguments:
         """The values of the kernel's op by name."""
         return cast(Arguments, self._bound(*values))
 
-    def bind_layer(self, *values: Any) -> Arguments:
-        """The values of the layer op by name, but for the layer's."""
-        return cast(Arguments, self._layer_bound(*values))
-
     def new_outputs(self, values: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Memory for the outputs, fresh, contiguous, undefined; `values`: of either form."""
-        return tuple([new(values[index]) for index, new in self._new])
+        """Memory for the outputs of a layer op that is given `values`: fresh, contiguous but for scales, undefined."""
+        return tuple([new(*[values[index] for index in sources]) for new, sources in self._new_of_layer])
 
     def fake(self, *values: Any) -> None:
         """Of the kernel's op: what a traced graph may not get wrong.
@@ -176,39 +237,36 @@ class Op:
             RuntimeError: q_pe or an output has another shape or dtype.
         """
         given = self.bind(*values)
-        self._check_query(given)
-        for argument, expected in zip(self.outputs, self.new_outputs(values), strict=True):
-            _check_output(argument.name, getattr(given, argument.name), expected)
+        self._check_query(self.arguments, values)
+        for argument, (new, sources) in zip(self.outputs, self._new_of(self.arguments), strict=True):
+            output = getattr(given, argument.name)
+            if output is not None:
+                _check_output(argument.name, output, new(*[values[index] for index in sources]))
 
     def layer_fake(self, *values: Any) -> Any:
         """Of the layer op: its results, to be filled. Raises as `fake`."""
-        self._check_query(self.bind_layer(*values[:-1]))
+        self._check_query(self.layer_arguments, values)
         outputs = self.new_outputs(values)
-        return outputs if len(outputs) > 1 else outputs[0]
+        return outputs[0] if len(outputs) == 1 else outputs or None
 
-    def _check_query(self, given: Arguments) -> None:
+    def _check_query(self, arguments: tuple[Argument, ...], values: tuple[Any, ...]) -> None:
         if Part.QUERY in self.parts:
-            shape = tuple(given.q_pe.shape)
+            shape = tuple(values[[each.name for each in arguments].index("q_pe")].shape)
             torch._check(len(shape) == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {shape}")
 
     @functools.cached_property
-    def _new(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
-        # Both forms have the same arguments before those of the cache, and outputs are made of these.
-        names = [each.name for each in self.arguments[: self.before_cache]]
-        made_of = [_NEW[each.name] for each in self.outputs]
-        return [(names.index(source), new) for source, new in made_of]
+    def _new_of_layer(self) -> list[tuple[Callable[..., Tensor], list[int]]]:
+        return self._new_of(self.layer_arguments)
+
+    def _new_of(self, arguments: tuple[Argument, ...]) -> list[tuple[Callable[..., Tensor], list[int]]]:
+        """For each output the function that makes it, and where its arguments are among these."""
+        places = {each.name: index for index, each in enumerate(arguments)}
+        made = [_NEW[each.name] for each in self.outputs]
+        return [(new, [places[source] for source in sources if source in places]) for new, sources in made]
 
     @functools.cached_property
     def _bound(self) -> Callable[..., Any]:
-        return _named_values(self.name, self.arguments)
-
-    @functools.cached_property
-    def _layer_bound(self) -> Callable[..., Any]:
-        return _named_values(self.layer_name, self.layer_arguments)
-
-
-def _named_values(name: str, arguments: tuple[Argument, ...]) -> Callable[..., Any]:
-    return namedtuple(name, [each.name for each in arguments])
+        return namedtuple(self.name, [each.name for each in self.arguments])
 
 
 def _check_output(name: str, given: Tensor, expected: Tensor) -> None:
@@ -220,9 +278,13 @@ def _check_output(name: str, given: Tensor, expected: Tensor) -> None:
 def _declared(arguments: tuple[Argument, ...]) -> str:
     """The arguments as a schema has them; each mutated one is aliased by itself only."""
     aliases = iter("abcdefgh")
-    return ", ".join(
-        f"{each.type}{f'({next(aliases)}!)' if Role.MUTATED in each.roles else ''} {each.name}" for each in arguments
-    )
+
+    def type_of(argument: Argument) -> str:
+        if Role.MUTATED not in argument.roles:
+            return argument.type
+        return argument.type.replace("Tensor", f"Tensor({next(aliases)}!)")
+
+    return ", ".join(f"{type_of(each)} {each.name}" for each in arguments)
 
 
 _ROPE_AND_CACHE = frozenset({Part.ROTATION, Part.QUERY, Part.KEY})
@@ -233,4 +295,11 @@ NORM = Op(
     "fused_norm_concat_and_cache_mla_rope",
     _ROPE_AND_CACHE | {Part.LATENT_NORM},
 )
-OPS = (PLAIN, NORM)
+# Around the GEMM `q_b` of models with q-LoRA.
+NORMS = Op(
+    "norms_rope_concat_and_cache_mla",
+    "fused_norms_rope_concat_and_cache_mla",
+    frozenset({Part.ROTATION, Part.QUERY_NORM, Part.KEY, Part.LATENT_NORM}),
+)
+ROPE_QUERY = Op("rope_query", "fused_rope_query", frozenset({Part.ROTATION, Part.QUERY}))
+OPS = (PLAIN, NORM, NORMS, ROPE_QUERY)

@@ -11,29 +11,8 @@ our own, so that a value next to a rounding boundary may fall to its other side.
 Models with q-LoRA have a GEMM, `q_b`, between the latent's part and the query's; two ops take the place of the one:
 
 `norms_rope_concat_and_cache_mla`, before `q_b`, does what the former does for `k_pe` and `kv_c`, and the RMSNorm of the
-query's latent. Its arguments: `positions`, `q_c`, `q_c_weight`, `q_epsilon`, `k_pe`, `kv_c`, `kv_c_weight`,
-`kv_epsilon`, then from `cos_sin_cache` to `kv_cache_scale` as above, then
-
-- `q_c` `[num_tokens, q_lora_rank]`, activation dtype, any token stride: where it lies in the qkv_a output. Not
-  mutated. `q_c_weight` `[q_lora_rank]`, activation dtype.
-- `q_quant`: in which form `q_b` gets it. `none`: activation dtype. In float8_e4m3fn, by the rules of the vLLM ops:
-  `group`, a scale for each 128 values (`_C.rms_norm_per_block_quant`; `q_lora_rank` a multiple of 128); `group_ue8m0`,
-  the same with scales rounded up to powers of two (`_C.per_token_group_fp8_quant` with `scale_ue8m0`); `token`, a scale
-  for each row (`_C.rms_norm_dynamic_per_token_quant` without `scale_ub`); `static`, one given scale
-  (`_C.rms_norm_static_fp8_quant`). A scale is `max(largest magnitude, q_smallest) / 448`; values are divided by it,
-  with `static` multiplied by its reciprocal, rounded to nearest even and saturated.
-- `q_rounds_twice`: whether the normalised value is rounded to the activation dtype before the weight too, as vLLM's
-  fused norms with groups and with a scale for each row do, or once, as `_C.rms_norm`, `_C.rms_norm_static_fp8_quant`
-  and vLLM's compiled graphs do.
-- `q_smallest`: as what a group's or row's largest magnitude counts at least: `1 / 512` in the fused ops and in
-  `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`. Not read with `none`, `static`.
-- `q_static_scale`: one float32 on the device with `static`, else None.
-- `q_c_out` `[num_tokens, q_lora_rank]`, contiguous, activation dtype or float8_e4m3fn. **Every row is written.**
-- `q_scales_out`: float32 `[num_tokens, q_lora_rank / 128]` with `group` and `group_ue8m0`, `[num_tokens, 1]` with
-  `token`, of any strides (rows, columns, padded columns), **all written**, padding is not; else None.
-- `k_pe_out` and `kv_c_normed_out` as above.
-
-`rope_query(positions, q_pe, cos_sin_cache, is_neox)`, after `q_b`, rotates `q_pe` **in place** and does nothing else.
+query's latent `q_c`, in the form that `q_b` wants: activation dtype, or float8_e4m3fn with scales. `rope_query`, after
+`q_b`, rotates `q_pe` **in place** and does nothing else.
 
 The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock
 vLLM does. An op runs on the device and the current stream of `q_pe` (`q_c`), never synchronises, and can be captured
@@ -68,8 +47,6 @@ def library() -> Library:
     found = jit_library.load(torch.ops.load_library, _say, FAILURE_LASTS_SECONDS)
     for each in arguments.OPS:
         torch.library.register_fake(f"{NAMESPACE}::{each.name}", each.fake)
-    torch.library.register_fake(f"{NAMESPACE}::norms_rope_concat_and_cache_mla", _norms_fake)
-    torch.library.register_fake(f"{NAMESPACE}::rope_query", _rope_query_fake)
     return found
 
 
@@ -138,38 +115,11 @@ def norm_op() -> Any:
     return overload(arguments.NORM)
 
 
-@functools.cache
 def norms_op() -> Any:
     """`mla_fusion::norms_rope_concat_and_cache_mla`, before `q_b`, as an OpOverload, loaded if need be."""
-    load()
-    return torch.ops.mla_fusion.norms_rope_concat_and_cache_mla.default
+    return overload(arguments.NORMS)
 
 
-@functools.cache
 def rope_query_op() -> Any:
     """`mla_fusion::rope_query`, after `q_b`, as an OpOverload, loaded if need be."""
-    load()
-    return torch.ops.mla_fusion.rope_query.default
-
-
-# The fakes name what they look at; the outputs come last.
-def _norms_fake(
-    positions: torch.Tensor,
-    q_c: torch.Tensor,
-    q_c_weight: torch.Tensor,
-    q_epsilon: float,
-    k_pe: torch.Tensor,
-    kv_c: torch.Tensor,
-    *rest: Any,
-) -> None:
-    q_c_out, _, _, kv_c_normed_out = rest[-4:]
-    _check_like("q_c_out", q_c_out, q_c)
-    _check_like("kv_c_normed_out", kv_c_normed_out, kv_c)
-
-
-def _rope_query_fake(positions: torch.Tensor, q_pe: torch.Tensor, *rest: Any) -> None:
-    torch._check(q_pe.dim() == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {tuple(q_pe.shape)}")
-
-
-def _check_like(name: str, out: torch.Tensor, of: torch.Tensor) -> None:
-    torch._check(out.shape == of.shape, lambda: f"{name} must be {tuple(of.shape)}, got {tuple(out.shape)}")
+    return overload(arguments.ROPE_QUERY)

@@ -18,6 +18,7 @@ from mla_layer import HEADS, LORA, NOPE, ROT, Attention, forward_context, inputs
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
+from vllm_mla_fusion import arguments, kernel
 from vllm_mla_fusion.host import cache_writer, layer_ops, layer_state
 
 NAME = "layers.0"
@@ -143,3 +144,52 @@ def test_nothing_is_noted_after_the_warm_up() -> None:
     with layer_state.watching([layer]):
         run(layer)
     assert layer_state.seen(layer) is not None
+
+
+def around_q_b(layer: Attention, slots: int | None) -> None:
+    """One call of the ops before and after q_b for one token, whose latents are ones, as are their norms' weights."""
+    positions, _, cos_sin_cache, _ = inputs()
+    rank = 256
+    query, latent = torch.ones(1, rank, dtype=torch.bfloat16), torch.ones(1, LORA, dtype=torch.bfloat16)
+    key = torch.ones(1, 1, ROT, dtype=torch.bfloat16)
+    norms = (query, query[0], 0.0, key, latent, latent[0], 0.0)
+    form = ("group", True, 1 / 512, None, "columns of 4")
+    of_step = None if slots is None else torch.tensor([slots])
+    with forward_context({NAME: layer}, of_step):
+        values = (*norms, cos_sin_cache, False, "auto", torch.tensor(1.0), *form)
+        results = layer_ops.register().norms(positions[:1], *values, _encode_layer_name(NAME))
+        q_pe = torch.randn(1, HEADS, NOPE + ROT).to(torch.bfloat16)[..., NOPE:]
+        unrotated = q_pe.clone()
+        layer_ops.register().rope_query(positions[:1], q_pe, cos_sin_cache, False, _encode_layer_name(NAME))
+    q_c, scales, k_pe_out, kv_c_normed = results
+    assert torch.equal(q_c.float() * scales.repeat_interleave(128, 1), torch.ones(1, rank))
+    assert torch.equal(kv_c_normed, latent)
+    assert k_pe_out.shape == key.shape
+    assert not torch.equal(q_pe, unrotated)
+
+
+def test_ops_around_q_b(asked: list) -> None:
+    layer = Attention()
+    around_q_b(layer, 3)
+    around_q_b(layer, None)
+    assert (len(asked), rows_written(layer)) == (1, 1)
+    assert layer_state.of(layer).ops == {arguments.NORMS, arguments.ROPE_QUERY}
+
+
+def test_ops_around_q_b_leave_a_foreign_cache_to_its_writer() -> None:
+    layer = Attention(OwnWriter)
+    around_q_b(layer, 3)
+    assert rows_written(layer) == 0
+    assert layer_state.of(layer).reasons
+
+
+@pytest.mark.parametrize("strides", [(ROT, 1), (1, HEADS)], ids=["packed", "turned"])
+def test_query_in_another_layout_is_rotated_where_it_lies(strides: tuple[int, int]) -> None:
+    """What Inductor computes itself may come in another layout than traced."""
+    positions, _, cos_sin_cache, _ = inputs()
+    values = torch.randn(1, HEADS, ROT).to(torch.bfloat16)
+    q_pe = torch.empty_strided((1, HEADS, ROT), (HEADS * ROT, *strides), dtype=torch.bfloat16).copy_(values)
+    with forward_context({NAME: Attention()}, None):
+        layer_ops.register().rope_query(positions[:1], q_pe, cos_sin_cache, False, _encode_layer_name(NAME))
+    kernel.rope_query_op()(positions[:1], values, cos_sin_cache, False)
+    assert torch.equal(q_pe, values)

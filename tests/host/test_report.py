@@ -19,7 +19,7 @@ from mla_layer import LORA, NOPE, ROT, Attention
 from vllm.model_executor.layers.mla import MultiHeadLatentAttentionWrapper
 
 from vllm_mla_fusion import activation, kernel
-from vllm_mla_fusion.arguments import NORM, PLAIN
+from vllm_mla_fusion.arguments import NORM, NORMS, PLAIN, ROPE_QUERY
 from vllm_mla_fusion.host import config, layer_state, report, support
 from vllm_mla_fusion.jit.target import Target
 
@@ -103,6 +103,27 @@ def warm_up(
     parallel = SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=stages)
     config = SimpleNamespace(compilation_config=compilation, parallel_config=parallel)
     report.after_warm_up(config, SimpleNamespace(get_model=lambda: nn.Sequential(*parts)), rank)
+
+
+@pytest.mark.parametrize(
+    ("ops", "expected"),
+    [
+        ([{PLAIN}, {PLAIN}], "2 of 2 MLA layers fused."),
+        ([{NORM}, {PLAIN}], "2 of 2 MLA layers fused, 1 with the latent's RMSNorm."),
+        ([{NORMS, ROPE_QUERY}] * 2, "2 of 2 MLA layers fused, 2 with both norms."),
+        ([{NORMS, ROPE_QUERY}, {NORM}], "2 of 2 MLA layers fused, 1 with both norms, 1 with the latent's RMSNorm."),
+        # A layer's graphs differ: what is said is true of all of them.
+        ([{NORMS, ROPE_QUERY, NORM}, {NORMS, ROPE_QUERY, PLAIN}], "fused, 1 with the latent's RMSNorm."),
+    ],
+)
+def test_norms_are_told(ops: list[set], expected: str, lines: list) -> None:
+    parts = [with_rope() for _ in ops]
+    for part, of_layer in zip(parts, ops, strict=True):
+        for op in of_layer:
+            layer_state.of(part.mla_attn).saw(op, None)
+        layer_state.of(part.mla_attn).decision = object()
+    warm_up(*parts)
+    assert expected in lines[-1][1]
 
 
 def test_model_without_mla(lines: list, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,10 @@ UPDATE = "vllm::unified_mla_kv_cache_update"
 FUSED = "mla_fusion::fused_concat_and_cache_mla_rope"
 # Of a model without q-LoRA, whose latent's norm would be a kernel of its own.
 FUSED_WITH_NORM = "mla_fusion::fused_norm_concat_and_cache_mla_rope"
+# Of a model with q-LoRA on the GPU that is pretended: one op before q_b and one after it.
+FUSED_WITH_BOTH = "mla_fusion::fused_norms_rope_concat_and_cache_mla"
+ROPE_QUERY = "mla_fusion::fused_rope_query"
+WRITERS = (FUSED, FUSED_WITH_NORM, FUSED_WITH_BOTH)
 
 # All of these are in a stock graph only for the sake of RoPE and of putting the rotated query back into its buffer.
 LEFTOVERS = {
@@ -64,10 +68,10 @@ def _leftovers(graphs: list[fx.Graph], unwanted: set[str]) -> Iterator[str]:
 def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
     """What is wrong with the cache updates after the pass: there is one fused call in place for each layer."""
     yield from _leftovers(graphs, {UPDATE})
-    expected = FUSED if GEOMETRIES[variant.geometry]["q_lora_rank"] else FUSED_WITH_NORM
-    calls = [node for graph in graphs for node in graph.nodes if op_name(node) in (FUSED, FUSED_WITH_NORM)]
-    if [op_name(call) for call in calls] != [expected] * NUM_LAYERS:
-        yield f"fused calls {[op_name(call) for call in calls]}, expected {NUM_LAYERS} x {expected}"
+    calls = writers(graphs)
+    if [op_name(call) for call in calls] != [expected_op(variant)] * NUM_LAYERS:
+        yield f"fused calls {[op_name(call) for call in calls]}, expected {NUM_LAYERS} x {expected_op(variant)}"
+    yield from around_q_b_problems(graphs)
     for call in calls:
         if call.target is auto_functionalized:
             yield f"{call.name} is not in place"
@@ -75,6 +79,26 @@ def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
             yield f"{call.name} has is_neox={call.kwargs['is_neox']}"
         if call.kwargs["kv_cache_dtype"] != variant.cache_dtype:
             yield f"{call.name} has kv_cache_dtype={call.kwargs['kv_cache_dtype']}"
+
+
+def expected_op(variant: Variant) -> str:
+    """Which op takes the place of a layer's cache update."""
+    if GEOMETRIES[variant.geometry]["q_lora_rank"] is None:
+        return FUSED_WITH_NORM
+    return FUSED if variant.is_neox else FUSED_WITH_BOTH
+
+
+def writers(graphs: list[fx.Graph]) -> list[fx.Node]:
+    """The calls that took the place of cache updates."""
+    return [node for graph in graphs for node in graph.nodes if op_name(node) in WRITERS]
+
+
+def around_q_b_problems(graphs: list[fx.Graph]) -> Iterator[str]:
+    """Whether for each op before q_b there is one after it, in place."""
+    queries = [node for graph in graphs for node in graph.nodes if op_name(node) == ROPE_QUERY]
+    if len(queries) != count(graphs)[FUSED_WITH_BOTH]:
+        yield f"{len(queries)} x {ROPE_QUERY} for {count(graphs)[FUSED_WITH_BOTH]} x {FUSED_WITH_BOTH}"
+    yield from (f"{node.name} is not in place" for node in queries if node.target is auto_functionalized)
 
 
 def count(graphs: list[fx.Graph]) -> Counter[str | None]:

@@ -55,12 +55,8 @@ def _fused(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:
     updates = graphs.count(trace.before)[graphs.UPDATE]
     if updates == 0 or updates % num_layers:
         yield f"{updates} cache updates in the graphs of {num_layers} MLA layers"
-    calls = [
-        node
-        for graph in trace.after
-        for node in graph.nodes
-        if graphs.op_name(node) in (graphs.FUSED, graphs.FUSED_WITH_NORM)
-    ]
+    calls = graphs.writers(trace.after)
+    yield from graphs.around_q_b_problems(trace.after)
     if len(calls) != updates or graphs.count(trace.after)[graphs.UPDATE]:
         yield f"{len(calls)} of {updates} cache updates are fused"
     for call in calls:

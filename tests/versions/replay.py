@@ -157,6 +157,72 @@ class _Replay(fx.Interpreter):
         normed = self._rms_norm(kv_c, kv_c_weight, epsilon)
         return self._fused_concat_and_cache_mla_rope(kv_c=normed, **kwargs), normed
 
+    def _fused_norms_rope_concat_and_cache_mla(
+        self,
+        q_c: torch.Tensor,
+        q_c_weight: torch.Tensor,
+        q_epsilon: float,
+        q_quant: str,
+        q_static_scale: torch.Tensor | None,
+        q_rounds_twice: bool,
+        q_smallest: float,
+        q_scales_layout: str,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        query = self._rms_norm(q_c, q_c_weight, q_epsilon)
+        scales = torch.empty(0)
+        if q_quant == "static":
+            self._static_scaled_fp8_quant(query, query, q_static_scale)
+        elif q_quant != "none":
+            scales = torch.empty(len(query), 1 if q_quant == "token" else query.shape[1] // 128)
+            _quantise(query, query, scales)
+        no_query = torch.empty(len(query), 0, kwargs["k_pe"].shape[-1])
+        key, latent = self._fused_norm_concat_and_cache_mla_rope(q_pe=no_query, **kwargs)
+        return query, scales, key, latent
+
+    def _fused_rope_query(
+        self, positions: torch.Tensor, q_pe: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool, layer_name: Any
+    ) -> None:
+        q_pe.copy_(_rotated(q_pe, positions, cos_sin_cache, is_neox))
+
+    # fp8 is not rounded here: a value is divided by its scale.
+
+    def _rms_norm_per_block_quant(
+        self,
+        result: torch.Tensor,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        epsilon: float,
+        scale_ub: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        x = input if residual is None else residual.add_(input)
+        _quantise(self._rms_norm(x, weight, epsilon), result, scale)
+
+    _rms_norm_dynamic_per_token_quant = _rms_norm_per_block_quant
+
+    def _rms_norm_static_fp8_quant(
+        self, result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, epsilon: float
+    ) -> None:
+        self._static_scaled_fp8_quant(result, self._rms_norm(input, weight, epsilon), scale)
+
+    def _per_token_group_fp8_quant(
+        self, input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor, *_: Any, **__: Any
+    ) -> None:
+        _quantise(input, output_q, output_s)
+
+    def _dynamic_per_token_scaled_fp8_quant(
+        self, result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None = None
+    ) -> None:
+        _quantise(input, result, scale)
+
+    def _static_scaled_fp8_quant(
+        self, result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, group_shape: Any = None
+    ) -> None:
+        result.copy_(input / scale.flatten()[0])
+
     def _unified_mla_attention_with_output(
         self, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, output: torch.Tensor, **_: Any
     ) -> None:
@@ -171,6 +237,14 @@ class _Replay(fx.Interpreter):
     def _write(self, kv_c: torch.Tensor, k_pe: torch.Tensor, layer_name: Any, dtype: str, scale: torch.Tensor) -> None:
         values = {"kv_c": kv_c.clone(), "k_pe": k_pe.clone(), "scale": scale}
         self.writes.append(values | {"layer_name": layer_name, "dtype": dtype})
+
+
+def _quantise(x: torch.Tensor, result: torch.Tensor, scales: torch.Tensor) -> None:
+    """By the largest magnitude of each row's groups, as many as there are scales."""
+    groups = x.unflatten(-1, (scales.shape[-1], -1))
+    largest = groups.abs().amax(-1).clamp(min=1e-6)
+    scales.copy_(largest)
+    result.copy_((groups / largest.unsqueeze(-1)).flatten(-2))
 
 
 def _is_op(target: Any) -> bool:

@@ -8,24 +8,27 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from vllm_mla_fusion.fx import norm as latents_norm
+from vllm_mla_fusion.fx import query_norm as querys_norm
 from vllm_mla_fusion.fx import rope
 from vllm_mla_fusion.fx.ops import FusionOps, arguments
 from vllm_mla_fusion.fx.reading import NoMatchError, complete_metadata
-from vllm_mla_fusion.fx.rewrite import drop_self_scatters, rewrite
+from vllm_mla_fusion.fx.rewrite import drop_self_scatters, rewrite, rewrite_around_q_b
 from vllm_mla_fusion.fx.rope import NoRopeError
 from vllm_mla_fusion.fx.transaction import all_or_nothing, sort
 
 
 @dataclass
 class FusionResult:
-    """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm, why each of the
-    others was left alone, and how many more there are to whose key no rotation leads that the pass could know.
+    """What `fuse` did to one graph: how many sites it fused, how many of them with the latent's norm and with the
+    query's too, why each of the others was left alone, and how many more there are to whose key no rotation leads that
+    the pass could know.
 
     `errors`: what went wrong in matching some of those left alone, defects of this package.
     """
 
     fused: int = 0
     with_norm: int = 0
+    with_both_norms: int = 0
     reasons: list[str] = field(default_factory=list)
     without_rope: int = 0
     errors: list[Exception] = field(default_factory=list)
@@ -52,6 +55,9 @@ def _fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
         try:
             site = rope.match(update, kv_c, k_rotated, ops)
             norm = latents_norm.match(update, kv_c, site, ops)
+            query = querys_norm.match(update, site, norm, ops) if norm is not None else None
+            if norm is not None and query is None and not ops.norm_beside_others:
+                norm = None if latents_norm.costs_another(norm, kv_c, ops) else norm
         except NoRopeError:
             result.without_rope += 1
             continue
@@ -62,9 +68,13 @@ def _fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
             result.reasons.append(f"the pass could not read its graph: {error!r}")
             result.errors.append(error)
             continue
-        rewrite(update, site, norm, ops)
+        if norm is not None and query is not None:
+            rewrite_around_q_b(update, site, norm, query, ops)
+        else:
+            rewrite(update, site, norm, ops)
         result.fused += 1
         result.with_norm += norm is not None
+        result.with_both_norms += query is not None
     if result.fused:
         sort(graph)
         graph.eliminate_dead_code()

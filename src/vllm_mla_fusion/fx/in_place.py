@@ -11,7 +11,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from vllm_mla_fusion.fx.memory import is_certain_in_inductor, is_in_storage_of, memory, same_place, writes_to
-from vllm_mla_fusion.fx.ops import VIEWS, FusionOps, aten, result_of
+from vllm_mla_fusion.fx.ops import VIEWS, FusionOps, aten, mutated_result, result_of
 from vllm_mla_fusion.fx.reading import complete_metadata, fake
 from vllm_mla_fusion.fx.transaction import all_or_nothing, sort
 
@@ -62,7 +62,7 @@ def has_calls(graph: fx.Graph, ops: FusionOps) -> bool:
 
 def _calls(graph: fx.Graph, ops: FusionOps) -> list[fx.Node]:
     functional = graph.find_nodes(op="call_function", target=auto_functionalized)
-    return [node for node in functional if node.args[0] in (ops.fused, ops.fused_norm)]
+    return [node for node in functional if node.args[0] in (ops.fused, ops.fused_norm, ops.rope_query)]
 
 
 def _replace_calls(graph: fx.Graph, ops: FusionOps, copy_all: bool) -> InPlaceResult:
@@ -72,7 +72,7 @@ def _replace_calls(graph: fx.Graph, ops: FusionOps, copy_all: bool) -> InPlaceRe
         assert isinstance(q_pe, fx.Node)
         replacements = None if copy_all else _replacements(graph, fused, q_pe)
         if replacements is None:
-            q_pe_out = result_of(fused, _num_returns(fused))
+            q_pe_out = _rotated(fused)
             q_pe = _copy_before(fused, q_pe)
             replacements = [(q_pe_out, q_pe)] if q_pe_out is not None else []
             copied += 1
@@ -90,7 +90,7 @@ def _replacements(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node) -> Replacement
     if any(node.op != "call_function" for node in aliases) or not is_certain_in_inductor(q_pe):
         return None
     replacements: Replacements = []
-    q_pe_out = result_of(fused, _num_returns(fused))
+    q_pe_out = _rotated(fused)
     if q_pe_out is not None:
         replacements = [*_scatters_of(q_pe_out, q_pe), (q_pe_out, q_pe)]
     not_asked = {*aliases, fused, *(node for node, _ in replacements)}
@@ -120,11 +120,11 @@ def _copy_before(fused: fx.Node, q_pe: fx.Node) -> fx.Node:
 
 
 def _make_mutating(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node, replacements: Replacements) -> None:
-    num_returns = _num_returns(fused)
+    num_returns = len(fused.args[0]._schema.returns)
     values = fused.meta["val"][:num_returns]
     with graph.inserting_before(fused):
         call = graph.call_function(fused.args[0], (), {**fused.kwargs, "q_pe": q_pe})
-    call.meta["val"] = values[0] if num_returns == 1 else values
+    call.meta["val"] = values[0] if num_returns == 1 else values or None
     for index in range(num_returns):
         result = result_of(fused, index)
         if result is None:
@@ -140,8 +140,9 @@ def _make_mutating(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node, replacements:
     graph.erase_node(fused)
 
 
-def _num_returns(fused: fx.Node) -> int:
-    return len(fused.args[0]._schema.returns)
+def _rotated(fused: fx.Node) -> fx.Node | None:
+    """What picks the rotated query of a functional call."""
+    return mutated_result(fused, "q_pe")
 
 
 def _erase_unused_views(graph: fx.Graph) -> None:

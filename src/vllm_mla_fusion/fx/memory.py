@@ -150,5 +150,18 @@ def _is_result_number(node: fx.Node, index: int) -> bool:
     return isinstance(argument, fx.Node) and is_certain_in_inductor(argument)
 
 
+def is_read_by_kernels_only(node: fx.Node) -> bool:
+    """Whether nothing that reads the node is computed by Inductor, which could do both in one kernel."""
+    for user in node.users:
+        if user.target in VIEWS:
+            if not is_read_by_kernels_only(user):
+                return False
+        elif user.op != "output" and user.target is not auto_functionalized:
+            target = user.target
+            if target not in _MATMULS | _OTHER_KERNELS and not _is_custom(target):
+                return False
+    return True
+
+
 def _is_custom(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims", "inductor")

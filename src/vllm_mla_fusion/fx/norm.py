@@ -17,7 +17,7 @@ from vllm_mla_fusion.fx.rope import Site
 
 @dataclass(frozen=True)
 class Norm:
-    """normed = RMSNorm(kv_c) * weight."""
+    """normed = RMSNorm(kv_c) * weight; of the query's latent too."""
 
     kv_c: fx.Node
     weight: fx.Node
@@ -32,20 +32,18 @@ def match(update: fx.Node, normed: fx.Node, site: Site, ops: FusionOps) -> Norm 
     if any(user not in (update, attention) and user.op != "output" for user in normed.users):
         return None
     try:
-        norm = _norm_by_op(normed, ops) or _written_out(normed, site, ops)
+        norm = by_op(normed, ops) or written_out(normed, site, ops)
         if norm is None or not _fits(norm, normed, site):
             return None
     except NoMatchError:
         return None
     if normed in ancestors(site.positions, site.cos_sin_cache, site.q_pe, site.k_pe):
         return None
-    # Inductor makes one kernel of this norm and one that reads the same buffer; alone, the other costs as much.
-    if not ops.norm_beside_others and _has_other_norm(norm, normed, ops):
-        return None
     return norm
 
 
-def _norm_by_op(normed: fx.Node, ops: FusionOps) -> Norm | None:
+def by_op(normed: fx.Node, ops: FusionOps) -> Norm | None:
+    """The norm as an op, or its kernel's, of which `normed` is the result."""
     if ops.rms_norm is not None and normed.target is ops.rms_norm:
         x, weight, epsilon, *rest = arguments(normed).values()
         if isinstance(x, fx.Node) and isinstance(weight, fx.Node) and not any(rest):
@@ -53,14 +51,19 @@ def _norm_by_op(normed: fx.Node, ops: FusionOps) -> Norm | None:
     source = normed.args[0] if normed.target is operator.getitem else None
     if isinstance(source, fx.Node) and is_functional(source, ops.rms_norm_out) and ops.rms_norm_out is not None:
         x, weight, epsilon = (source.kwargs[name] for name in ("input", "weight", "epsilon"))
-        while isinstance(x, fx.Node) and x.target is aten.clone.default:
-            x = x.args[0]  # vLLM makes the op's input contiguous, which our kernel does not need
         if normed.args[1] == 1 and isinstance(x, fx.Node) and isinstance(weight, fx.Node):
-            return Norm(x, weight, float(epsilon))
+            return Norm(before_clones(x), weight, float(epsilon))
     return None
 
 
-def _written_out(normed: fx.Node, site: Site, ops: FusionOps) -> Norm | None:
+def before_clones(x: fx.Node) -> fx.Node:
+    """vLLM makes the input of its ops contiguous, which our kernel does not need."""
+    while x.target is aten.clone.default and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x
+
+
+def written_out(normed: fx.Node, site: Site, ops: FusionOps) -> Norm | None:
     """The norm in aten ops, again by evaluating it."""
     its_cone = cone(normed, ops)
     rank = shape(normed)[-1:]
@@ -88,8 +91,11 @@ def _fits(norm: Norm, normed: fx.Node, site: Site) -> bool:
     return same_dtype and same_shape and packed and not may_overlap(norm.kv_c, site.q_pe)
 
 
-def _has_other_norm(norm: Norm, normed: fx.Node, ops: FusionOps) -> bool:
-    """Whether a second norm reads the buffer of which `kv_c` is a part, as q_a_layernorm does in q-LoRA models."""
+def costs_another(norm: Norm, normed: fx.Node, ops: FusionOps) -> bool:
+    """Whether a second norm reads the buffer of which `kv_c` is a part, as q_a_layernorm does in q-LoRA models.
+
+    Inductor makes one kernel of both; alone, the other costs as much.
+    """
     buffer = storage(norm.kv_c)
     own = {normed, *normed.all_input_nodes, *cone(normed, ops)}
 

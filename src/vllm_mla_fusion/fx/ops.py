@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,11 +63,35 @@ class RotaryOp:
 
 
 @dataclass(frozen=True)
+class Quantiser:
+    """A custom op that quantises its `input` to float8_e4m3fn, after its RMSNorm (`weight`, `epsilon`) if `has_norm`.
+
+    `quant`: its form, as `group` with a scale for each 128 values; `result` and `scale`: the names of the arguments
+    that it writes; of a `static` scale, reads. `rounds_twice`, `smallest`: its rounding, see `QueryNorm`.
+    """
+
+    target: Any
+    quant: str
+    has_norm: bool
+    rounds_twice: bool = False
+    smallest: float = 0.0
+    result: str = "result"
+    scale: str = "scale"
+
+
+def _everywhere(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
 class FusionOps:
     """The ops that the pass looks for and those that it puts in.
 
     `rms_norm` is called as (x, weight, epsilon, ...); `rms_norm_out` has arguments `input`, `weight`, `epsilon` and
-    writes its first. `fused_norm` is None where the latent's norm is to stay where it is.
+    writes its first. `fused_norm` is None where the latent's norm is to stay where it is. `norms` and `rope_query` take
+    the place of the one op where the query's norm may join too, which `takes_norms` decides by the rotation's pairing,
+    the activation dtype and the size of the query's latent. `scale_layouts`: names of layouts of scales, and functions
+    from (number of tokens, columns) to strides.
     """
 
     update: Any
@@ -76,6 +101,11 @@ class FusionOps:
     rms_norm: Any = None
     rms_norm_out: Any = None
     norm_beside_others: bool = False
+    norms: Any = None
+    rope_query: Any = None
+    quantisers: tuple[Quantiser, ...] = ()
+    scale_layouts: tuple[tuple[str, Callable[[Any, int], tuple[Any, Any]]], ...] = ()
+    takes_norms: Callable[[bool, torch.dtype, int], bool] = _everywhere
 
 
 def is_functional(node: fx.Node, *targets: Any) -> bool:
@@ -98,3 +128,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def result_of(node: fx.Node, index: int) -> fx.Node | None:
     """The node that picks result number `index`."""
     return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
+
+
+def mutated_result(node: fx.Node, name: str) -> fx.Node | None:
+    """The node that picks what a functional form makes of the argument that its op mutates."""
+    schema = node.args[0]._schema
+    mutated = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    # Without a return value the functional form returns None in its place.
+    return result_of(node, max(1, len(schema.returns)) + mutated.index(name))

@@ -13,53 +13,96 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm_mla_fusion.fx.memory import is_in_storage_of, writes_to
 from vllm_mla_fusion.fx.norm import Norm
 from vllm_mla_fusion.fx.ops import FusionOps, arguments, aten
+from vllm_mla_fusion.fx.query_norm import QueryNorm
 from vllm_mla_fusion.fx.reading import fake, shape
 from vllm_mla_fusion.fx.rope import Site
+from vllm_mla_fusion.fx.transaction import sort
 
 
 def rewrite(update: fx.Node, site: Site, norm: Norm | None, ops: FusionOps) -> None:
     """Replaces one update. The graph stays functional; what nobody reads any more stays in it."""
-    graph = update.graph
-    normed, k_rotated, layer_name, kv_cache_dtype, k_scale = arguments(update).values()
+    normed, k_rotated, *_ = arguments(update).values()
     latent: dict[str, Any] = {"kv_c": normed}
     if norm is not None:
         latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
-    outputs = _outputs(site, k_rotated, normed if norm is not None else None)
+    outputs = [_new_key(site, k_rotated), *([_like(normed)] if norm is not None else []), _like(site.q_pe)]
+    given = {**_rotation(site), "q_pe": site.q_pe, "k_pe": site.k_pe, **latent, **_of_cache(update)}
+    op = ops.fused if norm is None else ops.fused_norm
+    k_pe_out, *latent_out, q_pe_out = _call(update, auto_functionalized, (op,), given, outputs)
+    _replace_key(update, k_rotated, k_pe_out)
+    if site.q_rotated is not None:
+        site.q_rotated.replace_all_uses_with(q_pe_out)
+    update.graph.erase_node(update)
+    if norm is not None:
+        normed.replace_all_uses_with(latent_out[0])
+
+
+def rewrite_around_q_b(update: fx.Node, site: Site, norm: Norm, query: QueryNorm, ops: FusionOps) -> None:
+    """Replaces one update and both norms by one call before `q_b`, and the query's rotation by one after it.
+
+    The graph is functional and sorted again; what nobody reads any more stays in it.
+    """
+    graph = update.graph
+    normed, k_rotated, *_ = arguments(update).values()
+    no_scales = fake(norm.kv_c).new_empty(0, dtype=torch.float32)
+    scales = _laid_out_like(query.scales) if query.scales is not None else no_scales
+    querys: dict[str, Any] = {"q_c": query.norm.kv_c, "q_c_weight": query.norm.weight, "q_epsilon": query.norm.epsilon}
+    querys |= {"q_quant": query.quant, "q_rounds_twice": query.rounds_twice, "q_smallest": query.smallest}
+    querys |= {"q_static_scale": query.static_scale, "q_scales_layout": query.scales_layout}
+    latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
+    given = {**_rotation(site), **querys, "k_pe": site.k_pe, **latent, **_of_cache(update)}
+    outputs = [_like(query.normed), scales, _new_key(site, k_rotated), _like(normed)]
+    q_c_out, q_scales_out, k_pe_out, kv_c_normed_out = _call(update, ops.norms, (), given, outputs)
+    given = {**_rotation(site), "q_pe": site.q_pe, "layer_name": arguments(update)["layer_name"]}
+    _, q_pe_out = _call(update, auto_functionalized, (ops.rope_query,), given, [None, _like(site.q_pe)])
+    assert site.q_rotated is not None
+    site.q_rotated.replace_all_uses_with(q_pe_out)
+    _replace_key(update, k_rotated, k_pe_out)
+    graph.erase_node(update)
+    normed.replace_all_uses_with(kv_c_normed_out)
+    query.normed.replace_all_uses_with(q_c_out)
+    if query.scales is not None:
+        query.scales.replace_all_uses_with(q_scales_out)
+    # The first call stands where the update stood, behind the readers of its results.
+    sort(graph)
+
+
+def _rotation(site: Site) -> dict[str, Any]:
+    return {"positions": site.positions, "cos_sin_cache": site.cos_sin_cache, "is_neox": site.is_neox}
+
+
+def _of_cache(update: fx.Node) -> dict[str, Any]:
+    _, _, layer_name, kv_cache_dtype, k_scale = arguments(update).values()
+    return {"kv_cache_dtype": kv_cache_dtype, "kv_cache_scale": k_scale, "layer_name": layer_name}
+
+
+def _call(
+    update: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[torch.Tensor | None]
+) -> list[fx.Node]:
+    """Calls `target` before the update; nodes that pick its results."""
+    graph = update.graph
     with graph.inserting_before(update):
-        fused = graph.call_function(
-            auto_functionalized,
-            (ops.fused if norm is None else ops.fused_norm,),
-            {
-                "positions": site.positions,
-                "q_pe": site.q_pe,
-                "k_pe": site.k_pe,
-                **latent,
-                "cos_sin_cache": site.cos_sin_cache,
-                "is_neox": site.is_neox,
-                "kv_cache_dtype": kv_cache_dtype,
-                "kv_cache_scale": k_scale,
-                "layer_name": layer_name,
-            },
-        )
-        results = [graph.call_function(operator.getitem, (fused, index)) for index in range(len(outputs))]
-    fused.meta["val"] = tuple(outputs)
+        call = graph.call_function(target, args, kwargs)
+        results = [graph.call_function(operator.getitem, (call, index)) for index in range(len(outputs))]
+    call.meta["val"] = tuple(outputs)
     for result, value in zip(results, outputs, strict=True):
         result.meta["val"] = value
-    _replace_key(update, k_rotated, results[0])
-    if site.q_rotated is not None:
-        site.q_rotated.replace_all_uses_with(results[-1])
-    graph.erase_node(update)
-    if norm is not None:
-        normed.replace_all_uses_with(results[1])
+    return results
 
 
-def _outputs(site: Site, k_rotated: fx.Node, normed: fx.Node | None) -> list[torch.Tensor]:
-    """Values of what the functional form returns: `k_pe_out`, the latent if it is normed there, and the query."""
+def _new_key(site: Site, k_rotated: fx.Node) -> torch.Tensor:
+    """`k_pe_out`"""
     num_tokens, rot_dim = fake(k_rotated).shape[0], fake(k_rotated).shape[-1]
-    outputs = [fake(site.k_pe).new_empty((num_tokens, 1, rot_dim))]
-    if normed is not None:
-        outputs.append(fake(normed).new_empty(fake(normed).shape))
-    return [*outputs, fake(site.q_pe).new_empty(fake(site.q_pe).shape)]
+    return fake(site.k_pe).new_empty((num_tokens, 1, rot_dim))
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    """A contiguous value of its own memory."""
+    return fake(node).new_empty(fake(node).shape)
+
+
+def _laid_out_like(node: fx.Node) -> torch.Tensor:
+    return fake(node).new_empty_strided(fake(node).shape, fake(node).stride())
 
 
 def _replace_key(update: fx.Node, k_rotated: fx.Node, k_pe_out: fx.Node) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from vllm_mla_fusion import activation, identity, kernel
+from vllm_mla_fusion import activation, arguments, identity, kernel
 from vllm_mla_fusion.fx import fusion, in_place
-from vllm_mla_fusion.fx.ops import FusionOps, RotaryOp
-from vllm_mla_fusion.host import graph_dump, layer_ops, report
+from vllm_mla_fusion.fx.ops import FusionOps, Quantiser, RotaryOp
+from vllm_mla_fusion.host import graph_dump, layer_ops, report, support
 from vllm_mla_fusion.host.config import config_problem, update_problem
 from vllm_mla_fusion.host.support import INDUCTOR_PASS, MLA_ATTENTION, PATCHED
 
@@ -36,6 +36,7 @@ def fusion_ops() -> FusionOps:
             rotary.append(RotaryOp(target))
     ops = layer_ops.register()
     norm = activation.norm()
+    layouts = tuple((name, functools.partial(arguments.scale_strides, name)) for name in arguments.SCALE_LAYOUTS)
     return FusionOps(
         update=torch.ops.vllm.unified_mla_kv_cache_update.default,
         fused=ops.plain,
@@ -44,7 +45,39 @@ def fusion_ops() -> FusionOps:
         rms_norm=_op("vllm_ir", "rms_norm"),
         rms_norm_out=_op("_C", "rms_norm"),
         norm_beside_others=norm is activation.Norm.ALWAYS,
+        norms=None if norm is activation.Norm.NEVER else ops.norms,
+        rope_query=ops.rope_query,
+        quantisers=_quantisers(),
+        scale_layouts=layouts,
+        takes_norms=_always if norm is activation.Norm.ALWAYS else _wins,
     )
+
+
+def _quantisers() -> tuple[Quantiser, ...]:
+    """vLLM's ops whose bytes our kernel writes too, with their roundings as measured, see `csrc/README.md`."""
+    alone = functools.partial(Quantiser, has_norm=False)
+    with_norm = functools.partial(Quantiser, has_norm=True)
+    twice = functools.partial(with_norm, rounds_twice=True, smallest=1 / 512)
+    known: dict[str, Callable[[Any], Quantiser]] = {
+        "rms_norm_per_block_quant": functools.partial(twice, quant="group"),
+        "rms_norm_dynamic_per_token_quant": functools.partial(twice, quant="token"),
+        "rms_norm_static_fp8_quant": functools.partial(with_norm, quant="static"),
+        "per_token_group_fp8_quant": functools.partial(alone, quant="group", result="output_q", scale="output_s"),
+        "dynamic_per_token_scaled_fp8_quant": functools.partial(alone, quant="token", smallest=1 / 512),
+        "static_scaled_fp8_quant": functools.partial(alone, quant="static"),
+    }
+    found = ((_op("_C", name), make) for name, make in known.items())
+    return tuple(make(target) for target, make in found if target is not None)
+
+
+def _always(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
+    return True
+
+
+def _wins(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
+    """Where the op with both norms was measured to win: NVIDIA's compute capability 9, in the vector kernel."""
+    in_vectors = not is_neox and dtype in (torch.bfloat16, torch.float16) and q_lora_rank <= 2048
+    return in_vectors and support.is_compute_capability(9)
 
 
 def _op(namespace: str, name: str) -> Any | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_mla_fusion import __version__, activation, kernel
-from vllm_mla_fusion.arguments import NORM
+from vllm_mla_fusion.arguments import NORM, NORMS, ROPE_QUERY
 from vllm_mla_fusion.host import cache_writer, config, layer_state, layers, ranks, support
 from vllm_mla_fusion.host.layer_state import LayerState
 
@@ -142,8 +142,11 @@ def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
 def _log_fused(fused: list[Any], count: int, pipeline_stages: int, copying: int) -> None:
     library = kernel.library()
     backend = f"{' '.join([library.target.backend, *library.target.archs])}, {library.origin}"
-    with_norm = sum(layer_state.of(layer).ops == {NORM} for layer in fused)
-    norm = f", {with_norm} with the latent's RMSNorm" if with_norm else ""
+    ran = [layer_state.of(layer).ops for layer in fused]
+    with_both = sum(ops == {NORMS, ROPE_QUERY} for ops in ran)
+    with_latents = sum(ops <= {NORM, NORMS, ROPE_QUERY} for ops in ran) - with_both
+    norm = f", {with_both} with both norms" if with_both else ""
+    norm += f", {with_latents} with the latent's RMSNorm" if with_latents else ""
     copies = f", {copying} on a copy of the query, which cannot be rotated where it lies" if copying else ""
     # Other stages' layers are in other processes, which speak only of problems.
     stage = f" in the first of {pipeline_stages} pipeline stages" if pipeline_stages > 1 else ""

@@ -114,6 +114,12 @@ def is_gpu_platform() -> bool:
     return bool(platform().is_cuda_alike())
 
 
+def is_compute_capability(major: int) -> bool:
+    """Whether vLLM's platform is CUDA on GPUs of this compute capability."""
+    capability = platform().get_device_capability() if platform().is_cuda() else None
+    return capability is not None and capability.major == major
+
+
 def platform() -> Any:
     """vLLM's `current_platform`."""
     return importlib.import_module("vllm.platforms").current_platform
