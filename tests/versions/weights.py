@@ -20,13 +20,25 @@ aten = torch.ops.aten
 @contextmanager
 def fake_parameters() -> Iterator[None]:
     """vLLM's parameters keep their class, which tells how they are laid out, although their data is fake."""
+    stock_make_subclass = torch.Tensor._make_subclass
 
     def new(cls: type, data: torch.Tensor | None, **_: Any) -> Any:
         parameter = torch.nn.Parameter(data, requires_grad=False)
         parameter.__class__ = _fake_class(cls)
         return parameter
 
-    with patch.object(BasevLLMParameter, "__new__", new):
+    def make_subclass(cls: type, data: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        """vLLM copies a parameter so; torch does not make a second object of a fake tensor."""
+        if not issubclass(cls, BasevLLMParameter):
+            return stock_make_subclass(cls, data, *rest, **kwargs)
+        copy = data.detach()
+        copy.__class__ = cls
+        return copy
+
+    with (
+        patch.object(BasevLLMParameter, "__new__", new),
+        patch.object(torch.Tensor, "_make_subclass", staticmethod(make_subclass)),
+    ):
         yield
 
 
@@ -54,6 +66,8 @@ def process(model: torch.nn.Module) -> None:
     """What vLLM does after loading, without attention's own, which no graph shows."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.Tensor, "numpy", _zeros))
+        # vLLM asks it of scales, to see whether they were loaded.
+        stack.enter_context(patch.object(torch, "isnan", lambda _: numpy.False_))
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, QuantizeMethodBase):
