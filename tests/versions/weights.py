@@ -52,9 +52,13 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
+            if getattr(args[0], "constant", None) is not None:
+                return args[0].constant.item()
             return {torch.bool: bool}.get(args[0].dtype, int if not args[0].is_floating_point() else float)(1)
         if func in (aten.equal.default, aten.allclose.default):
             return True
+        if func is aten.isnan.default:
+            return torch.tensor(False, device="cpu")  # vLLM asks whether scales were loaded
         if func is aten._unique2.default:
             return tuple(args[0].new_ones(1) for _ in range(3))
         if func is aten.nonzero.default:
@@ -66,8 +70,6 @@ def process(model: torch.nn.Module) -> None:
     """What vLLM does after loading, without attention's own, which no graph shows."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.Tensor, "numpy", _zeros))
-        # vLLM asks it of scales, to see whether they were loaded.
-        stack.enter_context(patch.object(torch, "isnan", lambda _: numpy.False_))
         for module in model.modules():
             method = getattr(module, "quant_method", None)
             if isinstance(method, QuantizeMethodBase):
