@@ -49,24 +49,6 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit("^SarvamMLAForCausalLM,", NOT_COMPILED, "Sarvam: vLLM does not compile this class", newest="0.26.0"),
     Limit(
-        ", (INT4 W4A16|AWQ|GPTQ), ",
-        "Creating a new Tensor subclass",
-        "INT4, AWQ and GPTQ in 0.33: not traced yet, since Marlin's preparation makes subclasses of fake tensors",
-        oldest="0.33.0",
-    ),
-    Limit(
-        ", NVFP4 ModelOpt, ",
-        "was never loaded",
-        "NVFP4 of ModelOpt in 0.33: not traced yet, since vLLM looks whether the scales were loaded",
-        oldest="0.33.0",
-    ),
-    Limit(
-        ", NVFP4 compressed-tensors, ",
-        "The size of tensor a",
-        "NVFP4 of compressed-tensors in 0.33: not traced yet, since its weight preparation is for other sizes",
-        oldest="0.33.0",
-    ),
-    Limit(
         "^OpenPanguMTPModel,",
         "'OpenPanguDecoderLayer' object has no attribute 'use_sequence_parallel_moe'",
         "openPangu's MTP draft: stock vLLM ends with an AttributeError",

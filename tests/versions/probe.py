@@ -77,10 +77,11 @@ def _problems_of(variant: Variant, scratch: Path, graphs_folder: Path | None) ->
 
 
 def _in_place_problems(scratch: Path, graphs_folder: Path | None) -> Iterable[str]:
-    from . import in_place, stock_model, tracing
+    from . import in_place, stock_model, tracing, world
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     config = stock_model.vllm_config(IN_PLACE, scratch / "model")
+    world.enter(config)
     model = stock_model.build(config, IN_PLACE, mode)
     with in_place.pass_that_rotates_in_place():
         trace = tracing.trace_compilation(model, config, mode)
@@ -92,12 +93,13 @@ def _in_place_problems(scratch: Path, graphs_folder: Path | None) -> Iterable[st
 def _sparse_problems(scratch: Path) -> Iterable[str]:
     from vllm_mla_fusion.host import report
 
-    from . import sparse, stock_model, tracing
+    from . import sparse, stock_model, tracing, world
 
     report._left_alone.clear()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with sparse.pretended_kernels():
         config = stock_model.vllm_config(SPARSE, scratch / "model")
+        world.enter(config)
         model = stock_model.build(config, SPARSE, mode)
         sparse.prepare(model)
         trace = tracing.trace_compilation(model, config, mode)

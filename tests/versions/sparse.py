@@ -41,4 +41,4 @@ def problems_of(trace: Trace) -> Iterator[str]:
 
 
 def _quantised(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.to(torch.float8_e4m3fn), x.float().unflatten(-1, (-1, 128)).abs().amax(-1)
+    return x.to(torch.float8_e4m3fn), x.float().view(*x.shape[:-1], -1, 128).abs().amax(-1)

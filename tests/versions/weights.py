@@ -20,13 +20,25 @@ aten = torch.ops.aten
 @contextmanager
 def fake_parameters() -> Iterator[None]:
     """vLLM's parameters keep their class, which tells how they are laid out, although their data is fake."""
+    stock_make_subclass = torch.Tensor._make_subclass
 
     def new(cls: type, data: torch.Tensor | None, **_: Any) -> Any:
         parameter = torch.nn.Parameter(data, requires_grad=False)
         parameter.__class__ = _fake_class(cls)
         return parameter
 
-    with patch.object(BasevLLMParameter, "__new__", new):
+    def make_subclass(cls: type, data: torch.Tensor, *rest: Any, **kwargs: Any) -> Any:
+        """vLLM copies a parameter so; torch does not make a second object of a fake tensor."""
+        if not issubclass(cls, BasevLLMParameter):
+            return stock_make_subclass(cls, data, *rest, **kwargs)
+        copy = data.detach()
+        copy.__class__ = cls
+        return copy
+
+    with (
+        patch.object(BasevLLMParameter, "__new__", new),
+        patch.object(torch.Tensor, "_make_subclass", staticmethod(make_subclass)),
+    ):
         yield
 
 
@@ -40,9 +52,13 @@ class KnownValues(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
+            if getattr(args[0], "constant", None) is not None:
+                return args[0].constant.item()
             return {torch.bool: bool}.get(args[0].dtype, int if not args[0].is_floating_point() else float)(1)
         if func in (aten.equal.default, aten.allclose.default):
             return True
+        if func is aten.isnan.default:
+            return torch.tensor(False, device="cpu")  # vLLM asks whether scales were loaded
         if func is aten._unique2.default:
             return tuple(args[0].new_ones(1) for _ in range(3))
         if func is aten.nonzero.default:
