@@ -102,19 +102,16 @@ def cases() -> list[Case]:
 
 
 def cases_of(release: str, extent: Extent = Extent.ALL) -> list[Case]:
-    """The cases of a release, of model classes that it has; most flags and classes only of those that CI runs."""
-    known = model_classes.architectures(environments.vllm_of(release))
-    return [case for case in _cases_of(release, extent) if case.model.architecture in known]
-
-
-def _cases_of(release: str, extent: Extent) -> list[Case]:
+    """The cases of a release; most flags, and the model classes that it has, only of those that CI runs."""
     if extent is Extent.QUICK:
         # What people add to the most served form, and the forms that passes treat differently; each form elsewhere.
         crossed = [Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in (checkpoints.FP8_BLOCK, *CROSSED)]
         return crossed + _popular() if release == CI_RELEASES[0] else _forms()
     if release not in CI_RELEASES:
         return _forms() if extent is Extent.TABLE else _forms() + _popular()
-    return list(dict.fromkeys(_forms() + _models())) if extent is Extent.TABLE else cases()
+    found = dict.fromkeys(_forms() + _models()) if extent is Extent.TABLE else cases()
+    known = model_classes.architectures(environments.vllm_of(release))
+    return [case for case in found if case.model.architecture in known]
 
 
 def _forms() -> list[Case]:

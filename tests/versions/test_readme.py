@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """tests/README.md claims what the matrix finds when all is well, for every release of the matrix."""
 
+import pytest
+
 from . import environments, limits, matrix, readme
 from .extent import Extent
+
+# Which model classes a release has is read from its wheel.
+pytestmark = pytest.mark.versions
 
 
 def clean(release: str) -> matrix.Outcome:
