@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from . import environments, matrix, readme
+from .extent import Extent
 
 
 def main() -> int:
@@ -30,32 +31,33 @@ def main() -> int:
         "--graphs", type=Path, metavar="FOLDER", help="write the graphs before and after the passes here"
     )
     parser.add_argument("--match", default="", metavar="REGEX", help="only checks whose names match")
-    parser.add_argument("--quick", action="store_true", help="of the whole models only those that CI traces")
+    parser.add_argument("--quick", action="store_true", help="only what CI runs")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many releases at a time, a core each")
     parser.add_argument("--replay", type=Path, metavar="FILE", help="only run the pass on the graph of a pass failure")
     parser.add_argument("--list", action="store_true", help="print the names of the checks, and run none")
     parser.add_argument(
-        "--readme", action="store_true", help="put the rows into tests/README.md; not with --match or --quick"
+        "--readme", action="store_true", help="only what the table of tests/README.md counts, and put the rows there"
     )
     arguments = parser.parse_args()
     if arguments.readme and (arguments.match or arguments.quick):
-        parser.error("--readme needs the outcome of all checks; leave --match and --quick out")
+        parser.error("--readme needs the outcome of all that the table counts; leave --match and --quick out")
+    extent = Extent.QUICK if arguments.quick else Extent.TABLE if arguments.readme else Extent.ALL
     if arguments.replay:
         from . import failed_graph
 
         print(failed_graph.rerun(arguments.replay))
         return 0
     if arguments.list:
-        names = (check for release in arguments.only for check in matrix.checks_of(release, arguments.quick))
+        names = (check for release in arguments.only for check in matrix.checks_of(release, extent))
         print("\n".join(name for name in dict.fromkeys(names) if re.search(arguments.match, name)))
         return 0
     print(matrix.markdown_header(), flush=True)
     outcomes = []
-    for outcome in matrix.run(arguments.only, arguments.graphs, arguments.match, arguments.quick, arguments.jobs):
+    for outcome in matrix.run(arguments.only, arguments.graphs, arguments.match, extent, arguments.jobs):
         print(matrix.markdown_row(outcome), flush=True)
         outcomes.append(outcome)
-    if arguments.readme:
-        readme.write(outcomes)
+        if arguments.readme:
+            readme.write(outcome)
     failed = [outcome for outcome in outcomes if not outcome.is_clean()]
     for outcome in failed:
         print(f"\n{outcome.release}\n{outcome.describe()}", file=sys.stderr)

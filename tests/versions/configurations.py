@@ -6,6 +6,7 @@ from typing import Any
 
 from . import checkpoints, environments, model_classes
 from .checkpoints import CHECKPOINTS, Checkpoint
+from .extent import CI_RELEASES, Extent
 from .models import DEEPSEEK_MTP, DEEPSEEK_V3, MODELS, Model
 
 
@@ -84,37 +85,44 @@ CROSSED = (checkpoints.UNQUANTISED, checkpoints.FP8_TENSOR, checkpoints.FP8_TOKE
 MOST_DIFFERENT = (CUSTOM_OPS[0], CUSTOM_OPS[-1], *PASSES[:2], PARTITION)
 
 
-# Releases of which everything is traced; of the others, what CI traces of these.
-WHOLLY_TRACED = ("0.26.0", "0.33.0")
+POPULAR = (NO_DEEP_GEMM, CUSTOM_OPS[0], *PASSES[:2], PARTITION, CACHES[0], LORA, TWO_GPUS[1])
 
 
 def cases() -> list[Case]:
     """Every whole model that is traced of some release."""
     everything = (NO_DEEP_GEMM, NO_FLASHINFER, *LEVELS, *CUSTOM_OPS, *PASSES, PARTITION, *CACHES, LORA, *TWO_GPUS)
     everything += (SIZES, INVARIANT)
-    found = quick_cases()
+    found = _forms() + _popular()
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in everything]
     found += [Case(DEEPSEEK_V3, checkpoint, each) for checkpoint in CROSSED for each in MOST_DIFFERENT]
     found += [Case(DEEPSEEK_V3, checkpoints.UNQUANTISED, each) for each in (*LEVELS, *CACHES, LORA, *TWO_GPUS)]
     found += [Case(DEEPSEEK_V3, checkpoints.FP8_TENSOR, each) for each in TWO_GPUS]
     found += [Case(DEEPSEEK_MTP, checkpoints.INT4_EXPERTS, DEFAULT)]
-    found += [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + _models()))
 
 
-def quick_cases() -> list[Case]:
-    """What there is always time for: each form of checkpoint, and what people add to the most served one."""
-    popular = (NO_DEEP_GEMM, CUSTOM_OPS[0], *PASSES[:2], PARTITION, CACHES[0], LORA, TWO_GPUS[1])
-    return [
-        *(Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS),
-        *(Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in popular),
-        Case(DEEPSEEK_MTP, checkpoints.FP8_BLOCK, DEFAULT),
-    ]
-
-
-def cases_of(release: str, quick: bool = False) -> list[Case]:
-    """The cases of a release, of model classes that it has."""
-    if quick or release not in WHOLLY_TRACED:
-        return quick_cases()
+def cases_of(release: str, extent: Extent = Extent.ALL) -> list[Case]:
+    """The cases of a release; most flags, and the model classes that it has, only of those that CI runs."""
+    if extent is Extent.QUICK:
+        # What people add to the most served form, and the forms that passes treat differently; each form elsewhere.
+        crossed = [Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in (checkpoints.FP8_BLOCK, *CROSSED)]
+        return crossed + _popular() if release == CI_RELEASES[0] else _forms()
+    if release not in CI_RELEASES:
+        return _forms() if extent is Extent.TABLE else _forms() + _popular()
+    found = dict.fromkeys(_forms() + _models()) if extent is Extent.TABLE else cases()
     known = model_classes.architectures(environments.vllm_of(release))
-    return [case for case in cases() if case.model.architecture in known]
+    return [case for case in found if case.model.architecture in known]
+
+
+def _forms() -> list[Case]:
+    """Each form of checkpoint, and a draft."""
+    models = [Case(DEEPSEEK_V3, checkpoint, DEFAULT) for checkpoint in CHECKPOINTS]
+    return [*models, Case(DEEPSEEK_MTP, checkpoints.FP8_BLOCK, DEFAULT)]
+
+
+def _popular() -> list[Case]:
+    return [Case(DEEPSEEK_V3, checkpoints.FP8_BLOCK, each) for each in POPULAR]
+
+
+def _models() -> list[Case]:
+    return [Case(model, checkpoints.UNQUANTISED, DEFAULT) for model in MODELS]

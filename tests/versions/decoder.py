@@ -22,7 +22,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.model_manager import create_lora_manager
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader import utils
 from vllm.model_executor.models import registry
 from vllm.transformers_utils import config as vllm_configs
 from vllm.utils.torch_utils import set_default_torch_dtype
@@ -117,8 +117,10 @@ def build(config: VllmConfig, case: Case, mode: FakeTensorMode) -> torch.nn.Modu
         device,
         weights.fake_parameters(),
         weights.KnownValues(),
+        # It looks at every weight for the sake of reloading.
+        patch.object(utils, "record_metadata_for_reloading", lambda _: None),
     ):
-        model = _draft(config) if case.model.draft else initialize_model(config)
+        model = _draft(config) if case.model.draft else utils.initialize_model(config)
         weights.process(model)
         if config.lora_config:
             scheduler = config.scheduler_config
@@ -134,7 +136,7 @@ def is_compiled(model: torch.nn.Module) -> bool:
 
 def _draft(config: VllmConfig) -> torch.nn.Module:
     with backends.set_model_tag("eagle_head"):
-        return initialize_model(config, model_config=config.speculative_config.draft_model_config)
+        return utils.initialize_model(config, model_config=config.speculative_config.draft_model_config)
 
 
 def inputs(config: VllmConfig, model: torch.nn.Module) -> dict[str, torch.Tensor]:

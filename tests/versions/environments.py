@@ -128,6 +128,7 @@ def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, (vllm_of(release), site))),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(libcuda_stub()), environ.get("LD_LIBRARY_PATH")))),
         "MLA_FUSION": "strict",
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

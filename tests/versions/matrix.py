@@ -5,16 +5,17 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import environments, limits
 from .checkpoints import CHECKPOINTS
-from .configurations import Case, cases_of
+from .configurations import cases, cases_of
+from .extent import Extent
 from .models import DEEPSEEK_MTP, DEEPSEEK_V3
-from .variants import IN_PLACE_NAME, SPARSE, all_variants
+from .variants import IN_PLACE_NAME, SPARSE, all_variants, variants_of
 
 HOOKS = "hooks"
 # Up to here vLLM compiles DeepSeek-V3.2 and builds it from its MLA wrapper.
@@ -60,15 +61,19 @@ def compiles_sparse_mla(release: str) -> bool:
     return order.index(release) <= order.index(LAST_WITH_SPARSE)
 
 
-def checks_of(release: str, quick: bool = False) -> list[str]:
+def checks_of(release: str, extent: Extent = Extent.ALL) -> list[str]:
     """What the probe of the release looks at, in this order."""
     sparse = [str(SPARSE)] if compiles_sparse_mla(release) else []
-    bare = [HOOKS, *map(str, all_variants()), IN_PLACE_NAME, *sparse]
-    return [*bare, *map(str, cases_of(release, quick))]
+    bare = [HOOKS, *map(str, variants_of(release, extent)), IN_PLACE_NAME, *sparse]
+    return [*bare, *map(str, cases_of(release, extent))]
 
 
 def run(
-    releases: Iterable[str], graphs: Path | None = None, matching: str = "", quick: bool = False, jobs: int = 1
+    releases: Iterable[str],
+    graphs: Path | None = None,
+    matching: str = "",
+    extent: Extent = Extent.ALL,
+    jobs: int = 1,
 ) -> Iterator[Outcome]:
     """Outcomes in the order of `releases`, of the checks whose names match; graphs as text go to `graphs`/release."""
     with tempfile.TemporaryDirectory(prefix="mla-fusion-matrix-") as folder:
@@ -76,7 +81,7 @@ def run(
         environments.install_plugins(site)
 
         def probe(release: str) -> Outcome:
-            checks = [check for check in checks_of(release, quick) if check == HOOKS or re.search(matching, check)]
+            checks = [check for check in checks_of(release, extent) if check == HOOKS or re.search(matching, check)]
             return _probe(release, checks, site, Path(folder) / release, graphs)
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -100,31 +105,28 @@ def _probe(release: str, checks: list[str], site: Path, scratch: Path, graphs: P
     return outcome
 
 
-def columns() -> dict[str, Callable[[Case], bool]]:
-    """The table's columns of whole models, and which cases each of them has."""
-
-    def of_checkpoints(column: str) -> Callable[[Case], bool]:
-        return lambda case: case.model in (DEEPSEEK_V3, DEEPSEEK_MTP) and case.checkpoint.column == column
-
-    found = {column: of_checkpoints(column) for column in dict.fromkeys(each.column for each in CHECKPOINTS)}
-    return found | {"other models": lambda case: case.model not in (DEEPSEEK_V3, DEEPSEEK_MTP)}
+def columns() -> dict[str, set[str]]:
+    """The table's columns of checks, and the names of those that each of them has."""
+    deepseek = [case for case in cases() if case.model in (DEEPSEEK_V3, DEEPSEEK_MTP)]
+    found = {"forms of RoPE": {str(variant) for variant in all_variants()}}
+    for column in dict.fromkeys(each.column for each in CHECKPOINTS):
+        found[column] = {str(case) for case in deepseek if case.checkpoint.column == column}
+    found["other models"] = {str(case) for case in cases() if case not in deepseek}
+    return found | {"sparse": {str(SPARSE)}}
 
 
 def markdown_header() -> str:
-    titles = ["vLLM", "torch", "hooks", "forms of RoPE", *columns(), "sparse", "end to end"]
+    titles = ["vLLM", "torch", "hooks", *columns(), "end to end"]
     return f"{_row(titles)}\n{_row(['---'] * len(titles))}"
 
 
 def markdown_row(outcome: Outcome) -> str:
-    """One line of the support table: of how many traces every layer was fused, with a letter for each limit in them;
-    where whole engines ran, by `end_to_end.json`."""
+    """One line of the support table: of how many of the checks that were run every layer was fused, with a letter for
+    each limit in them; where whole engines ran, by `end_to_end.json`."""
     release = outcome.release
     engines = json.loads(END_TO_END.read_text())
     cells = [release, environments.TORCH_OF_RELEASE[release], "yes" if outcome.passed(HOOKS) else "no"]
-    cells.append(_cell(outcome, [str(variant) for variant in all_variants()]))
-    cases = cases_of(release)
-    cells += [_cell(outcome, [str(case) for case in cases if belongs(case)]) for belongs in columns().values()]
-    cells.append(_cell(outcome, [str(SPARSE)] if compiles_sparse_mla(release) else []))
+    cells += [_cell(outcome, [check for check in outcome.checks if check in names]) for names in columns().values()]
     cells.append(", ".join(engines.get(release, [])))
     return _row(cells)
 

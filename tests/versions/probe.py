@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .configurations import Case, cases
@@ -120,6 +121,7 @@ def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
         problems.extend(find_problems())
     except Exception:
         problems.append(traceback.format_exc())
+    torch.set_default_dtype(torch.float32)  # what fails leaves another one behind
     seconds = round(time.process_time() - start, 1)
     print(json.dumps({"check": name, "problems": problems, "seconds": seconds}), flush=True)
 

@@ -10,15 +10,15 @@ BEGIN = "<!-- by `python -m tests.versions --readme` -->\n"
 END = "<!-- end of the table -->\n"
 
 
-def write(outcomes: Iterable[matrix.Outcome]) -> None:
-    """Puts the rows of these outcomes into the table of tests/README.md; those of other releases stay.
+def write(outcome: matrix.Outcome) -> None:
+    """Puts the row of this outcome into the table of tests/README.md; those of other releases stay.
 
     Raises:
         ValueError: it has not both comments.
     """
     before, old, after = _parts()
     rows = {line.split("|")[1].strip(): line for line in old.splitlines() if line.startswith("| 0.")}
-    rows |= {outcome.release: matrix.markdown_row(outcome) for outcome in outcomes}
+    rows[outcome.release] = matrix.markdown_row(outcome)
     README.write_text(f"{before}{BEGIN}{_table(rows)}{END}{after}")
 
 

@@ -13,7 +13,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.rotary_embedding import deepseek_scaling_rope
-from vllm.model_executor.models import deepseek_v2
+from vllm.model_executor.models import deepseek_v2, registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from .variants import GEOMETRIES, Variant
@@ -61,7 +61,9 @@ def vllm_config(variant: Variant, folder: Path) -> VllmConfig:
             "inductor_compile_config": {"benchmark_combo_kernel": False},  # there is nothing to benchmark on
         },
     )
-    return arguments.create_engine_config()
+    # vLLM looks at a model class in a process of its own, which would have to import it all again.
+    with patch.object(registry, "_run_in_subprocess", lambda look: look()):
+        return arguments.create_engine_config()
 
 
 def init_single_process(config: VllmConfig, rendezvous: Path) -> None:

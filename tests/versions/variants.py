@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from .extent import CI_RELEASES, Extent
 from .models import YARN
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -60,6 +61,19 @@ def all_variants() -> list[Variant]:
     variants = [Variant(*axes) for axes in product(("V2-Lite", "V3"), ROPES, (False, True), ("auto", "fp8"))]
     variants += [Variant("V3", rope, False, "auto", inductor_partition=True) for rope in ROPES]
     return variants + [Variant("V3", rope, False, "auto", llama_4_scaling=True) for rope in ROPES]
+
+
+def variants_of(release: str, extent: Extent) -> list[Variant]:
+    """Those of a release: all, or the half that has every two of these choices together; the releases that CI runs have
+    one half each."""
+    if extent is Extent.ALL:
+        return all_variants()
+    odd = extent is Extent.QUICK and release == CI_RELEASES[0]
+
+    def is_odd(each: Variant) -> bool:
+        return (each.geometry == "V3") ^ each.is_neox ^ (each.cache_dtype == "fp8") ^ each.inductor_partition
+
+    return [each for each in all_variants() if is_odd(each) == odd]
 
 
 # The default partition has a piece of its own for the indexer, between RoPE and the cache update.

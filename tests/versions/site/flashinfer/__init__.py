@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks like FlashInfer to vLLM: every module and every name is there; a function returns its first tensor, in the shape that vLLM expects."""
+"""Looks like FlashInfer to vLLM: every module and every name is there; a function returns its first tensor."""
 
 import importlib.abc
 import importlib.machinery
@@ -35,7 +35,7 @@ def _function(name: str) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if not tensors:
             return _Module("result")
-        if "block_scale_interleave" in name:
+        if "block_scale_interleave" in name:  # whose result is flat
             return tensors[0].reshape(-1)
         return torch.arange(len(tensors[0])) if "indices" in name else tensors[0]
 
