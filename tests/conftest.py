@@ -101,6 +101,28 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     return report
 
 
+class _AtOnce:
+    """Tells of what failed, and of what took long, when it happens: a CI that is ended has no summary."""
+
+    LONG_SECONDS, LINES = 60, 25
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.terminal = config.pluginmanager.get_plugin("terminalreporter")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            last = "\n".join(report.longreprtext.splitlines()[-self.LINES :])
+            self.terminal.write_line(f"\nfailed: {report.nodeid} after {report.duration:.0f} s\n{last}")
+        elif report.duration > self.LONG_SECONDS:
+            self.terminal.write_line(f"\n{report.duration:.0f} s: {report.nodeid} ({report.when})")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if LEAVE_NONE_OUT and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_AtOnce(config))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
