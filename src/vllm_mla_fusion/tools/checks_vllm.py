@@ -19,7 +19,7 @@ KNOWN_VARIABLES = {
     "MLA_FUSION_ARCH": "architecture to build for instead of the visible GPUs'",
     "MLA_FUSION_CACHE_DIR": "where built kernels are kept",
     "MLA_FUSION_JIT": "1 builds the kernel on this machine although the wheel brings one",
-    "MLA_FUSION_NORM": "auto fuses the latent's RMSNorm where that wins, 1 wherever possible, 0 nowhere",
+    "MLA_FUSION_NORM": "auto fuses RMSNorms where that wins, 1 wherever possible, 0 nowhere",
     "MLA_FUSION_PREBUILT": "only where a wheel is made: architectures of the kernel that it is to bring",
 }
 PLUGIN, PLUGINS_VARIABLE = "mla_fusion", "VLLM_PLUGINS"
