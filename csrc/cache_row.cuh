@@ -17,8 +17,15 @@ __device__ __forceinline__ int64_t cache_offset(const Params& p, int64_t slot) {
   return block * p.cache_block_stride + row * p.cache_row_stride;
 }
 
-// What a row of the cache holds, where it is known at compile time; kNone: neither key nor latent takes part.
-enum class Row { kCopy, kFp8, kFp8DsMla, kNone };
+// What a row of the cache holds: known at compile time, or, in rarer instances, one of two or three kinds. kNone: neither
+// key nor latent takes part.
+enum class Row { kCopy, kFp8, kFp8DsMla, kNone, kCopyOrFp8, kAny };
+
+template <Row kRow>
+constexpr bool kIsOpen = kRow == Row::kCopyOrFp8 || kRow == Row::kAny;
+
+// Whether a row's values are divided by the cache's scale.
+__device__ __forceinline__ bool has_scale(CacheKind kind) { return kind != CacheKind::kCopy && kind != CacheKind::kFp8DsMla; }
 
 // The tile's scale and the latent in it; neighbouring lanes hold the tile's other vectors.
 template <typename Act>
@@ -29,40 +36,46 @@ __device__ __forceinline__ void store_ds_mla_latent(uint8_t* row, int index, con
   if (index % kDsMlaTile == 0) store_as(row + kDsMlaScales + index / kDsMlaTile * 4, scale);
 }
 
-// Some of the latent into the cache row that starts at row, at element index.
+// Elements into the cache row that starts at row, at element index, as they are or divided by the cache's scale.
 template <Row kRow, typename Act, int kCount>
-__device__ __forceinline__ void store_latent(const Params& p, int64_t row, int index, const Vector<Act, kCount>& value,
-                                             const Scale& scale) {
+__device__ __forceinline__ void store_elements(const Params& p, int64_t row, int index, const Vector<Act, kCount>& value,
+                                               const Scale& scale) {
   if constexpr (kRow == Row::kCopy) {
     store_as(static_cast<Act*>(p.kv_cache) + row + index, value);
   } else if constexpr (kRow == Row::kFp8) {
     store_as(static_cast<uint8_t*>(p.kv_cache) + row + index, quantise(value, scale, p.cache_kind));
+  } else if (p.cache_kind == CacheKind::kCopy) {
+    store_elements<Row::kCopy>(p, row, index, value, scale);
   } else {
-    store_ds_mla_latent<Act>(static_cast<uint8_t*>(p.kv_cache) + row, index, value);
+    store_elements<Row::kFp8>(p, row, index, value, scale);
   }
 }
 
-// The same for the rotated key.
+// Some of the latent.
+template <Row kRow, typename Act>
+__device__ __forceinline__ void store_latent(const Params& p, int64_t row, int index, const ActVector<Act>& value,
+                                             const Scale& scale) {
+  if constexpr (kRow == Row::kAny) {
+    if (p.cache_kind == CacheKind::kFp8DsMla) return store_latent<Row::kFp8DsMla, Act>(p, row, index, value, scale);
+  }
+  if constexpr (kRow == Row::kFp8DsMla) {
+    store_ds_mla_latent<Act>(static_cast<uint8_t*>(p.kv_cache) + row, index, value);
+  } else {
+    store_elements<kRow>(p, row, index, value, scale);
+  }
+}
+
+// Some of the rotated key.
 template <Row kRow, typename Act, int kCount>
 __device__ __forceinline__ void store_key(const Params& p, int64_t row, int index, const Vector<Act, kCount>& value,
                                           const Scale& scale) {
+  if constexpr (kRow == Row::kAny) {
+    if (p.cache_kind == CacheKind::kFp8DsMla) return store_key<Row::kFp8DsMla>(p, row, index, value, scale);
+  }
   if constexpr (kRow == Row::kFp8DsMla) {
     store_as(static_cast<uint8_t*>(p.kv_cache) + row + kDsMlaKey + index * sizeof(Act), value);
   } else {
-    store_latent<kRow>(p, row, p.lora_rank + index, value, scale);
-  }
-}
-
-// One element of a row into the cache. Of fp8_ds_mla only the key's are stored one by one.
-template <typename Act>
-__device__ __forceinline__ void store_cache_element(const Params& p, int64_t row, int index, Act value, float scale) {
-  uint8_t* bytes = static_cast<uint8_t*>(p.kv_cache) + row;
-  if (p.cache_kind == CacheKind::kCopy) {
-    static_cast<Act*>(p.kv_cache)[row + index] = value;
-  } else if (p.cache_kind != CacheKind::kFp8DsMla) {
-    bytes[index] = static_cast<uint8_t>(to_fp8_pair(p.cache_kind, to_float(value) / scale, 0.0f));
-  } else if (index >= p.lora_rank) {
-    memcpy(bytes + kDsMlaKey + (index - p.lora_rank) * sizeof(Act), &value, sizeof(Act));
+    store_elements<kRow>(p, row, p.lora_rank + index, value, scale);
   }
 }
 
@@ -74,7 +87,7 @@ struct CacheRow {
   float scale;
 
   __device__ __forceinline__ CacheRow(const Params& p, int64_t token)
-      : slot(slot_of(p, token)), scale(kRow == Row::kFp8 ? *p.kv_cache_scale : 1.0f) {}
+      : slot(slot_of(p, token)), scale(kRow == Row::kFp8 || (kIsOpen<kRow> && has_scale(p.cache_kind)) ? *p.kv_cache_scale : 1.0f) {}
 
   // Negative: not cached.
   __device__ __forceinline__ int64_t offset(const Params& p) const { return slot < 0 ? -1 : cache_offset(p, slot); }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel for what the vectors do not fit: any size, stride and alignment, one element at a time.
+// The kernel for what the vectors do not fit: any size, stride and alignment, one element at a time. One instance serves all
+// activation types: here their elements are floats, rounded to the type.
 #pragma once
 
 #include "cache_row.cuh"
@@ -8,62 +9,110 @@
 
 namespace mla_fusion {
 
-// The norm of a row, by one group of lanes.
-template <typename Act>
-struct GeneralNorm {
-  const Act* in;
-  const Act* weight;
-  bool rounds_twice;
-  float inverse_rms;
+// Elements of the activation type.
+struct Acts {
+  ActType type;
 
-  __device__ __forceinline__ GeneralNorm(const void* in, const void* weight, int count, float inverse_count, float epsilon,
-                                         bool rounds_twice, int lane)
-      : in(static_cast<const Act*>(in)), weight(static_cast<const Act*>(weight)), rounds_twice(rounds_twice) {
-    float sum = 0.0f;
-    for (int i = lane; i < count; i += kLanes) sum += to_float(this->in[i]) * to_float(this->in[i]);
-    inverse_rms = inverse_rms_of(sum_over_lanes(sum), count, inverse_count, epsilon);
+  __device__ __forceinline__ float load(const void* from, int64_t index) const {
+    if (type == ActType::kFloat32) return static_cast<const float*>(from)[index];
+    const uint16_t bits = static_cast<const uint16_t*>(from)[index];
+    return type == ActType::kFloat16 ? to_float(Float16{bits}) : to_float(BFloat16{bits});
   }
 
-  __device__ __forceinline__ Act operator()(int i) const {
-    float value = to_float(in[i]) * inverse_rms;
-    if (rounds_twice) value = to_float(from_float<Act>(value));
-    return from_float<Act>(value * to_float(weight[i]));
+  // Of a type of 16 bits.
+  __device__ __forceinline__ uint16_t bits(float value) const {
+    return type == ActType::kFloat16 ? from_float<Float16>(value).bits : from_float<BFloat16>(value).bits;
+  }
+
+  __device__ __forceinline__ float round(float value) const {
+    if (type == ActType::kFloat32) return value;
+    return type == ActType::kFloat16 ? to_float(from_float<Float16>(value)) : to_float(from_float<BFloat16>(value));
+  }
+
+  __device__ __forceinline__ void store(void* to, int64_t index, float value) const {
+    if (type == ActType::kFloat32) {
+      static_cast<float*>(to)[index] = value;
+    } else {
+      static_cast<uint16_t*>(to)[index] = bits(value);
+    }
+  }
+
+  // Bit for bit, NaN too.
+  __device__ __forceinline__ void copy(const void* from, int64_t index, void* to, int64_t to_index) const {
+    if (type == ActType::kFloat32) {
+      static_cast<uint32_t*>(to)[to_index] = static_cast<const uint32_t*>(from)[index];
+    } else {
+      static_cast<uint16_t*>(to)[to_index] = static_cast<const uint16_t*>(from)[index];
+    }
   }
 };
 
-// Elements begin <= i < end in e4m3, by one group of lanes; returns their scale.
-template <typename ValueAt, typename ScaleFor>
-__device__ __forceinline__ float store_e4m3_tile(uint8_t* out, int begin, int end, int lane, const ValueAt& value_at,
-                                                 const ScaleFor& scale_for) {
-  float largest = 0.0f;
+// The norm of a row, by one group of lanes.
+struct GeneralNorm {
+  const Acts acts;
+  const void* in;
+  const int64_t start;
+  const void* weight;
+  const bool rounds_twice;
+  float inverse_rms;
+
+  __device__ __forceinline__ GeneralNorm(const Acts& acts, const void* in, int64_t start, const void* weight, int count,
+                                         float inverse_count, float epsilon, bool rounds_twice, int lane)
+      : acts(acts), in(in), start(start), weight(weight), rounds_twice(rounds_twice) {
+    float sum = 0.0f;
 #pragma unroll 1
-  for (int i = begin + lane; i < end; i += kLanes) largest = fmaxf(largest, fabsf(to_float(value_at(i))));
-  const float scale = scale_for(max_over_lanes<kLanes>(largest));
-#pragma unroll 1
-  for (int i = begin + lane; i < end; i += kLanes) {
-    out[i] = static_cast<uint8_t>(to_fp8_pair<Fp8::kE4M3>(to_float(value_at(i)) / scale, 0.0f));
+    for (int i = lane; i < count; i += kLanes) {
+      const float value = acts.load(in, start + i);
+      sum += value * value;
+    }
+    inverse_rms = inverse_rms_of(sum_over_lanes(sum), count, inverse_count, epsilon);
   }
-  return scale;
+
+  __device__ __forceinline__ float operator()(int i) const {
+    float value = acts.load(in, start + i) * inverse_rms;
+    if (rounds_twice) value = acts.round(value);
+    return acts.round(value * acts.load(weight, i));
+  }
+};
+
+__device__ __forceinline__ uint8_t to_e4m3(float value) {
+  return static_cast<uint8_t>(to_fp8_pair<Fp8::kE4M3>(value, 0.0f));
 }
 
-// One token, by one block. Loops that store stay rolled: the next loads must wait for them anyway, and unrolled they made
-// every build longer.
-template <typename Act>
+// Of the magnitudes of elements begin <= i < end, by one group of lanes.
+template <typename ValueAt>
+__device__ __forceinline__ float largest_of_tile(int begin, int end, int lane, const ValueAt& value_at) {
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int i = begin + lane; i < end; i += kLanes) largest = fmaxf(largest, fabsf(value_at(i)));
+  return max_over_lanes<kLanes>(largest);
+}
+
+// One token, by one block. Loops stay rolled: unrolled they made every build longer and larger.
 struct GeneralToken {
   const Params& p;
+  const Acts acts;
   const int64_t token;
   const int64_t row;  // negative: not cached
   const float scale;
 
-  __device__ __forceinline__ bool is_ds_mla() const { return p.cache_kind == CacheKind::kFp8DsMla; }
+  __device__ __forceinline__ uint8_t* row_bytes() const { return static_cast<uint8_t*>(p.kv_cache) + row; }
 
-  __device__ __forceinline__ float angle_at(int64_t angle_row, int index) const {
-    return p.cos_sin_is_float ? static_cast<const float*>(p.cos_sin_cache)[angle_row + index]
-                              : to_float(static_cast<const Act*>(p.cos_sin_cache)[angle_row + index]);
+  __device__ __forceinline__ void store_fp8(int index, float value) const {
+    row_bytes()[index] = static_cast<uint8_t>(to_fp8_pair(p.cache_kind, value / scale, 0.0f));
   }
 
-  __device__ __forceinline__ void store_in_cache(int index, Act value) const {
-    if (row >= 0) store_cache_element(p, row, index, value, scale);
+  __device__ __forceinline__ void store_key_in_cache(int index, float value) const {
+    if (row < 0) return;
+    if (p.cache_kind == CacheKind::kCopy) {
+      acts.store(p.kv_cache, row + p.lora_rank + index, value);
+    } else if (p.cache_kind == CacheKind::kFp8DsMla) {
+      // A row may begin at any byte.
+      const uint16_t bits = acts.bits(value);
+      memcpy(row_bytes() + kDsMlaKey + index * sizeof(bits), &bits, sizeof(bits));
+    } else {
+      store_fp8(p.lora_rank + index, value);
+    }
   }
 
   // Head num_heads is the key, if there is one.
@@ -71,6 +120,7 @@ struct GeneralToken {
     const int half = p.rot_dim / 2;
     const int num_heads = p.num_heads + (p.k_pe != nullptr);
     const int64_t angle_row = position_of(p, token) * p.cos_sin_stride;
+    const Acts angles{p.cos_sin_is_float ? ActType::kFloat32 : acts.type};
 #pragma unroll 1
     for (int i = threadIdx.x; i < num_heads * half; i += blockDim.x) {
       const int head = i / half;
@@ -78,86 +128,95 @@ struct GeneralToken {
       const int first = p.is_neox ? pair : 2 * pair;
       const int second = p.is_neox ? pair + half : 2 * pair + 1;
       const bool is_key = head == p.num_heads;
-      Act* out = is_key ? static_cast<Act*>(p.k_pe_out) + token * p.rot_dim
-                        : static_cast<Act*>(p.q_pe) + token * p.q_token_stride + head * p.q_head_stride;
-      const Act* in = is_key ? static_cast<const Act*>(p.k_pe) + token * p.k_token_stride : out;
-      const float a = to_float(in[first]);
-      const float b = to_float(in[second]);
-      const float cos = angle_at(angle_row, pair);
-      const float sin = angle_at(angle_row, half + pair);
-      const Act rotated_first = from_float<Act>(a * cos - b * sin);
-      const Act rotated_second = from_float<Act>(b * cos + a * sin);
-      out[first] = rotated_first;
-      out[second] = rotated_second;
+      const int64_t in_start = is_key ? token * p.k_token_stride : token * p.q_token_stride + head * p.q_head_stride;
+      const int64_t out_start = is_key ? token * p.rot_dim : in_start;
+      const void* in = is_key ? p.k_pe : p.q_pe;
+      void* out = is_key ? p.k_pe_out : p.q_pe;
+      const float a = acts.load(in, in_start + first);
+      const float b = acts.load(in, in_start + second);
+      const float cos = angles.load(p.cos_sin_cache, angle_row + pair);
+      const float sin = angles.load(p.cos_sin_cache, angle_row + half + pair);
+      const float rotated_first = acts.round(a * cos - b * sin);
+      const float rotated_second = acts.round(b * cos + a * sin);
+      acts.store(out, out_start + first, rotated_first);
+      acts.store(out, out_start + second, rotated_second);
       if (is_key) {
-        store_in_cache(p.lora_rank + first, rotated_first);
-        store_in_cache(p.lora_rank + second, rotated_second);
+        store_key_in_cache(first, rotated_first);
+        store_key_in_cache(second, rotated_second);
       }
     }
   }
 
   // By one group of lanes: no shared memory, and the same order of addition at every launch.
   __device__ __forceinline__ void store_latent(int lane) const {
-    const Act* kv_c = static_cast<const Act*>(p.kv_c) + token * p.kv_token_stride;
+    const void* latent = p.kv_c;
+    int64_t start = token * p.kv_token_stride;
     if (p.kv_c_weight != nullptr) {
-      const GeneralNorm<Act> norm(kv_c, p.kv_c_weight, p.lora_rank, p.inverse_lora_rank, p.epsilon, false, lane);
-      Act* out = static_cast<Act*>(p.kv_c_out) + token * p.lora_rank;
-#pragma unroll 1
-      for (int i = lane; i < p.lora_rank; i += kLanes) out[i] = norm(i);
+      const GeneralNorm norm(acts, latent, start, p.kv_c_weight, p.lora_rank, p.inverse_lora_rank, p.epsilon, false, lane);
       // Below, each lane reads what it wrote itself.
-      kv_c = out;
+      latent = p.kv_c_out;
+      start = token * p.lora_rank;
+#pragma unroll 1
+      for (int i = lane; i < p.lora_rank; i += kLanes) acts.store(p.kv_c_out, start + i, norm(i));
     }
     if (row < 0) return;
-    if (is_ds_mla()) return store_ds_mla_tiles(static_cast<uint8_t*>(p.kv_cache) + row, kv_c, lane);
+    if (p.cache_kind == CacheKind::kFp8DsMla) return store_ds_mla_tiles(latent, start, lane);
 #pragma unroll 1
-    for (int i = lane; i < p.lora_rank; i += kLanes) store_in_cache(i, kv_c[i]);
+    for (int i = lane; i < p.lora_rank; i += kLanes) {
+      if (p.cache_kind == CacheKind::kCopy) {
+        acts.copy(latent, start + i, p.kv_cache, row + i);
+      } else {
+        store_fp8(i, acts.load(latent, start + i));
+      }
+    }
   }
 
-  __device__ __forceinline__ void store_ds_mla_tiles(uint8_t* row, const Act* kv_c, int lane) const {
+  __device__ __forceinline__ void store_ds_mla_tiles(const void* latent, int64_t start, int lane) const {
+    const auto value_at = [&](int i) { return acts.load(latent, start + i); };
 #pragma unroll 1
-    for (int start = 0; start < kDsMlaLoraRank; start += kDsMlaTile) {
-      const float scale = store_e4m3_tile(row, start, start + kDsMlaTile, lane, [&](int i) { return kv_c[i]; }, ds_mla_scale);
-      if (lane == 0) memcpy(row + kDsMlaScales + start / kDsMlaTile * 4, &scale, sizeof(scale));
+    for (int tile = 0; tile < kDsMlaLoraRank; tile += kDsMlaTile) {
+      const float tile_scale = ds_mla_scale(largest_of_tile(tile, tile + kDsMlaTile, lane, value_at));
+      if (lane == 0) memcpy(row_bytes() + kDsMlaScales + tile / kDsMlaTile * 4, &tile_scale, sizeof(tile_scale));
+#pragma unroll 1
+      for (int i = tile + lane; i < tile + kDsMlaTile; i += kLanes) row_bytes()[i] = to_e4m3(value_at(i) / tile_scale);
     }
   }
 
   __device__ __forceinline__ void normalise_query(int lane) const {
     const QueryNormParams& q = p.query_norm;
-    const GeneralNorm<Act> norm(static_cast<const Act*>(q.in) + token * q.token_stride, q.weight, q.rank, q.inverse_rank,
-                                q.epsilon, q.rounds_twice, lane);
-    if (q.quant == QueryQuant::kNone) {
-#pragma unroll 1
-      for (int i = lane; i < q.rank; i += kLanes) static_cast<Act*>(q.out)[token * q.rank + i] = norm(i);
-      return;
-    }
-    uint8_t* out = static_cast<uint8_t*>(q.out) + token * q.rank;
-    if (q.quant == QueryQuant::kStatic) {
-      const float factor = 1.0f / *q.static_scale;
-#pragma unroll 1
-      for (int i = lane; i < q.rank; i += kLanes) {
-        out[i] = static_cast<uint8_t>(to_fp8_pair<Fp8::kE4M3>(to_float(norm(i)) * factor, 0.0f));
-      }
-      return;
-    }
-    const auto scale_for = [&](float largest) { return query_scale(largest, q.smallest, q.scales_are_powers_of_two); };
+    const GeneralNorm norm(acts, q.in, token * q.token_stride, q.weight, q.rank, q.inverse_rank, q.epsilon, q.rounds_twice,
+                           lane);
+    const bool is_plain = q.quant == QueryQuant::kNone;
+    const bool is_static = q.quant == QueryQuant::kStatic;
+    const float factor = is_static ? 1.0f / *q.static_scale : 1.0f;
     const int tile = q.quant == QueryQuant::kGroup ? kQueryGroup : q.rank;
 #pragma unroll 1
     for (int start = 0; start < q.rank; start += tile) {
-      const float scale = store_e4m3_tile(out, start, start + tile, lane, norm, scale_for);
-      if (lane == 0) q.scales[token * q.scale_token_stride + start / tile * q.scale_group_stride] = scale;
+      float tile_scale = 1.0f;
+      if (!is_plain && !is_static) {
+        tile_scale = query_scale(largest_of_tile(start, start + tile, lane, norm), q.smallest, q.scales_are_powers_of_two);
+        if (lane == 0) q.scales[token * q.scale_token_stride + start / tile * q.scale_group_stride] = tile_scale;
+      }
+#pragma unroll 1
+      for (int i = start + lane; i < start + tile; i += kLanes) {
+        const float value = norm(i);
+        if (is_plain) {
+          acts.store(q.out, token * q.rank + i, value);
+        } else {
+          static_cast<uint8_t*>(q.out)[token * q.rank + i] = to_e4m3(is_static ? value * factor : value / tile_scale);
+        }
+      }
     }
   }
 };
 
-// Any rot_dim, rank, stride and alignment, one element at a time; a block is one token.
-template <typename Act>
-__global__ void __launch_bounds__(kMaxThreads) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
+// Any rot_dim, rank, stride and alignment; a block is one token.
+__global__ void MLA_LAUNCH_BOUNDS(kMinBlocks) mla_rope_cache_general(const MLA_GRID_CONSTANT Params p) {
   wait_for_inputs();
   const int64_t token = blockIdx.x;
   const int64_t slot = slot_of(p, token);
   const int64_t row = slot < 0 ? -1 : cache_offset(p, slot);
-  const bool has_no_scale = p.cache_kind == CacheKind::kCopy || p.cache_kind == CacheKind::kFp8DsMla;
-  const GeneralToken<Act> self{p, token, row, has_no_scale ? 1.0f : *p.kv_cache_scale};
+  const GeneralToken self{p, Acts{p.act_type}, token, row, has_scale(p.cache_kind) ? *p.kv_cache_scale : 1.0f};
   const int group = threadIdx.x / kLanes;
   const int lane = threadIdx.x % kLanes;
   if (group == 0 && p.kv_c != nullptr) self.store_latent(lane);

@@ -8,10 +8,12 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "general.cuh"
 #include "mla_rope_cache.cuh"
 
 namespace mla_fusion {
+
+// The general kernel; its one instance is in mla_rope_cache.cu.
+cudaError_t launch_general(const Params& params, cudaStream_t stream);
 
 // Below this many groups of lanes the GPU is not full and one head per lane is the shortest way.
 constexpr int64_t kGroupsToFillGpu = 8192;
@@ -62,12 +64,20 @@ bool query_norm_fits(const QueryNormParams& q) {
          are_vectors<Act>({q.rank, q.token_stride}, {q.in, q.weight, q.out});
 }
 
-// The vector kernels need every vector that they touch to be whole and aligned. Models whose query has a norm have GPT-J
-// pairs; with GPT-NeoX's its norm takes the general kernel, and every build is shorter for it.
+// Sparse attention's models and those whose query has a scale of each row have bf16 activations.
+template <typename Act>
+constexpr bool kHasAllVectors = std::is_same_v<Act, BFloat16>;
+
+// The vector kernels need every vector that they touch to be whole and aligned. What no model has takes the general kernel,
+// and every build is shorter for it: those two with other activations, and GPT-NeoX pairs with fp8_ds_mla or around q_b.
 template <typename Act>
 bool vectors_fit(const Params& p) {
-  return heads_fit<Act>(p) && (p.kv_c == nullptr || latent_fits<Act>(p)) &&
-         (p.query_norm.in == nullptr || (!p.is_neox && query_norm_fits<Act>(p.query_norm)));
+  const bool is_ds_mla = p.kv_c != nullptr && p.cache_kind == CacheKind::kFp8DsMla;
+  const bool is_token_quant = p.query_norm.in != nullptr && p.query_norm.quant == QueryQuant::kToken;
+  const bool is_whole_op = p.q_pe != nullptr && p.kv_c != nullptr;
+  const bool has_vectors = p.is_neox ? is_whole_op && !is_ds_mla : kHasAllVectors<Act> || !(is_ds_mla || is_token_quant);
+  return has_vectors && heads_fit<Act>(p) && (p.kv_c == nullptr || latent_fits<Act>(p)) &&
+         (p.query_norm.in == nullptr || query_norm_fits<Act>(p.query_norm));
 }
 
 #if !defined(__HIP_PLATFORM_AMD__)
@@ -114,14 +124,20 @@ cudaError_t launch_vector(const Params& p, int64_t query_tasks, bool is_full, cu
   return launch(mla_rope_cache_vector<Act, kNeox, kHeads, kRow, kNorm, kShare>, grid, block, p, stream);
 }
 
-template <typename Act, bool kNeox, Row kRow, bool kNorm>
+inline bool fills_gpu(const Params& p) {
+  return p.num_tokens * (1 + ceil_div(p.num_heads, heads_per_pass(p))) >= kGroupsToFillGpu;
+}
+
+template <typename Act, bool kNeox, int kHeads, Row kRow, bool kNorm>
+cudaError_t launch_heads(const Params& p, cudaStream_t stream) {
+  const int64_t tasks = ceil_div(p.num_heads, heads_per_pass(p) * kHeads);
+  return launch_vector<Act, kNeox, kHeads, kRow, kNorm, 0>(p, tasks, fills_gpu(p), stream);
+}
+
+template <typename Act, Row kRow, bool kNorm>
 cudaError_t choose_heads(const Params& p, cudaStream_t stream) {
-  const int64_t passes = ceil_div(p.num_heads, heads_per_pass(p));
-  if (p.num_tokens * (1 + passes) < kGroupsToFillGpu) {
-    return launch_vector<Act, kNeox, 1, kRow, kNorm, 0>(p, passes, false, stream);
-  }
-  const int64_t tasks = ceil_div(p.num_heads, heads_per_pass(p) * kHeadsWhenFull);
-  return launch_vector<Act, kNeox, kHeadsWhenFull, kRow, kNorm, 0>(p, tasks, true, stream);
+  return fills_gpu(p) ? launch_heads<Act, false, kHeadsWhenFull, kRow, kNorm>(p, stream)
+                      : launch_heads<Act, false, 1, kRow, kNorm>(p, stream);
 }
 
 template <typename Act, Row kRow, int kShare>
@@ -133,53 +149,41 @@ cudaError_t launch_query_norm(const Params& p, bool is_full, cudaStream_t stream
 // With a norm of the latent, as all models with one of the query have it.
 template <typename Act, Row kRow>
 cudaError_t choose_share(const Params& p, cudaStream_t stream) {
-  if (p.query_norm.quant == QueryQuant::kToken) return launch_query_norm<Act, kRow, kQueryVectors>(p, true, stream);
   if (p.num_tokens < kRowsToFillGpu) return launch_query_norm<Act, kRow, 1>(p, false, stream);
   return launch_query_norm<Act, kRow, kShareWhenFull>(p, true, stream);
 }
 
-template <typename Act, bool kNeox, Row kRow>
+template <typename Act, Row kRow>
 cudaError_t choose_norm(const Params& p, cudaStream_t stream) {
-  if constexpr (!kNeox) {
-    if (p.query_norm.in != nullptr) return choose_share<Act, kRow>(p, stream);
+  if (p.query_norm.in != nullptr) return choose_share<Act, kRow>(p, stream);
+  if (p.kv_c_weight != nullptr) return choose_heads<Act, kRow, true>(p, stream);
+  if constexpr (kRow == Row::kFp8DsMla) {
+    // Sparse attention's models have a norm; without it one instance serves batches of all sizes.
+    return launch_heads<Act, false, kHeadsWhenFull, kRow, false>(p, stream);
+  } else {
+    return choose_heads<Act, kRow, false>(p, stream);
   }
-  return p.kv_c_weight != nullptr ? choose_heads<Act, kNeox, kRow, true>(p, stream)
-                                  : choose_heads<Act, kNeox, kRow, false>(p, stream);
 }
 
 template <typename Act>
-cudaError_t launch_general(const Params& p, cudaStream_t stream) {
-  return launch(mla_rope_cache_general<Act>, dim3(p.num_tokens), dim3(kMaxThreads), p, stream);
-}
-
-// Sparse attention's models have bf16 activations and GPT-J pairs; with others fp8_ds_mla takes the general kernel.
-template <typename Act, bool kNeox>
-constexpr bool kHasDsMlaVectors = std::is_same_v<Act, BFloat16> && !kNeox;
-
-template <typename Act, bool kNeox>
 cudaError_t choose_cache(const Params& p, cudaStream_t stream) {
-  if (p.kv_c == nullptr) {
-    return choose_heads<Act, kNeox, Row::kNone, false>(p, stream);
-  } else if (p.cache_kind == CacheKind::kCopy) {
-    return choose_norm<Act, kNeox, Row::kCopy>(p, stream);
-  } else if (p.cache_kind != CacheKind::kFp8DsMla) {
-    return choose_norm<Act, kNeox, Row::kFp8>(p, stream);
-  } else if constexpr (kHasDsMlaVectors<Act, kNeox>) {
-    return choose_norm<Act, kNeox, Row::kFp8DsMla>(p, stream);
-  } else {
-    return launch_general<Act>(p, stream);
+  if (p.kv_c == nullptr) return choose_heads<Act, Row::kNone, false>(p, stream);
+  if constexpr (kHasAllVectors<Act>) {
+    if (p.query_norm.in != nullptr && p.query_norm.quant == QueryQuant::kToken) {
+      return launch_query_norm<Act, Row::kAny, kQueryVectors>(p, true, stream);
+    }
+    if (p.cache_kind == CacheKind::kFp8DsMla) return choose_norm<Act, Row::kFp8DsMla>(p, stream);
   }
+  if (p.cache_kind == CacheKind::kCopy) return choose_norm<Act, Row::kCopy>(p, stream);
+  return choose_norm<Act, Row::kFp8>(p, stream);
 }
 
 template <typename Act>
 cudaError_t choose_path(const Params& p, cudaStream_t stream) {
-  if (!vectors_fit<Act>(p)) {
-    return launch_general<Act>(p, stream);
-  } else if (p.is_neox) {
-    return choose_cache<Act, true>(p, stream);
-  } else {
-    return choose_cache<Act, false>(p, stream);
-  }
+  if (!vectors_fit<Act>(p)) return launch_general(p, stream);
+  // Rare: one instance for all kinds of rows, with norm and without, and for batches of all sizes.
+  if (p.is_neox) return launch_heads<Act, true, kHeadsWhenFull, Row::kCopyOrFp8, true>(p, stream);
+  return choose_cache<Act>(p, stream);
 }
 
 }  // namespace mla_fusion

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "general.cuh"
 #include "launch.cuh"
 
 namespace mla_fusion {
 
 cudaError_t launch_fp16(const Params& params, cudaStream_t stream);
+
+cudaError_t launch_general(const Params& params, cudaStream_t stream) {
+  return launch(mla_rope_cache_general, dim3(params.num_tokens), dim3(kMaxThreads), params, stream);
+}
 
 namespace {
 
@@ -11,7 +16,7 @@ cudaError_t launch_act_type(const Params& params, cudaStream_t stream) {
   switch (params.act_type) {
     case ActType::kFloat32:
       // Rare on a GPU: the general kernel will do, and every build is shorter for it.
-      return launch_general<float>(params, stream);
+      return launch_general(params, stream);
     case ActType::kFloat16:
       return launch_fp16(params, stream);
     case ActType::kBFloat16:

@@ -41,7 +41,7 @@ void rotate(const Act* in, Act* out, const float* cos_sin, int rot_dim, bool is_
 
 template <Fp8 kFormat, typename Act>
 void store_fp8(const Act* in, uint8_t* out, int count, float scale) {
-  for (int i = 0; i < count; ++i) out[i] = to_fp8<kFormat>(to_float(in[i]) / scale);
+  for (int i = 0; i < count; ++i) out[i] = to_fp8(kFormat, to_float(in[i]) / scale);
 }
 
 template <typename Act>
@@ -108,7 +108,7 @@ template <typename Act>
 void quantise_query(const QueryNormParams& q, const Act* in, uint8_t* out, float* scales) {
   if (q.quant == QueryQuant::kStatic) {
     const float factor = 1.0f / *q.static_scale;
-    for (int i = 0; i < q.rank; ++i) out[i] = to_fp8<Fp8::kE4M3>(to_float(in[i]) * factor);
+    for (int i = 0; i < q.rank; ++i) out[i] = to_fp8(Fp8::kE4M3, to_float(in[i]) * factor);
     return;
   }
   const int tile = q.quant == QueryQuant::kGroup ? kQueryGroup : q.rank;

@@ -15,6 +15,13 @@
 #define MLA_FN inline
 #endif
 
+// Whether the GPU has an instruction for it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define MLA_CONVERTS_FP8 1
+#else
+#define MLA_CONVERTS_FP8 0
+#endif
+
 namespace mla_fusion {
 
 struct BFloat16 {
@@ -121,27 +128,39 @@ MLA_FN Float16 from_float<Float16>(float value) {
 // an exponent bias that is larger by one.
 enum class Fp8 { kE4M3, kE5M2, kE4M3Fnuz, kE5M2Fnuz };
 
-// Bits of a format's largest value, as fp8 and as float.
-template <Fp8 kFormat>
-constexpr uint32_t kLargest = kFormat == Fp8::kE4M3 ? 0x7eu : kFormat == Fp8::kE5M2 ? 0x7bu : 0x7fu;
-template <Fp8 kFormat>
-constexpr uint32_t kLargestAsFloat = kFormat == Fp8::kE4M3       ? 0x43e00000u   // 448
-                                     : kFormat == Fp8::kE4M3Fnuz ? 0x43700000u   // 240
-                                                                 : 0x47600000u;  // 57344
+// A format by its numbers: the bits of float32's significand that it lacks, and as float32's bits its smallest normal and
+// its largest value.
+struct Fp8Numbers {
+  uint32_t dropped;
+  uint32_t smallest_normal;
+  uint32_t largest;
+  bool is_fnuz;
+};
 
-// Round to nearest even, saturating (infinity too); NaN stays NaN.
-template <Fp8 kFormat>
-MLA_FN uint8_t to_fp8(float value) {
-  constexpr bool kIsE4M3 = kFormat == Fp8::kE4M3 || kFormat == Fp8::kE4M3Fnuz;
-  constexpr bool kIsFnuz = kFormat == Fp8::kE4M3Fnuz || kFormat == Fp8::kE5M2Fnuz;
+MLA_FN constexpr Fp8Numbers numbers_of(Fp8 format) {
+  const bool is_e4m3 = format == Fp8::kE4M3 || format == Fp8::kE4M3Fnuz;
+  const bool is_fnuz = format == Fp8::kE4M3Fnuz || format == Fp8::kE5M2Fnuz;
+  const uint32_t smallest = is_e4m3 ? 0x3c800000u : 0x38800000u;             // 2^-6, 2^-14; fnuz: half of these
+  const uint32_t largest_e4m3 = is_fnuz ? 0x43700000u : 0x43e00000u;         // 240, 448
+  return {is_e4m3 ? 20u : 21u, smallest - (is_fnuz ? 0x00800000u : 0u), is_e4m3 ? largest_e4m3 : 0x47600000u, is_fnuz};
+}
+
+// Round to nearest even, saturating (infinity too); NaN stays NaN. One way for all formats, which may be known at run time
+// only.
+MLA_FN uint8_t to_fp8(Fp8 format, float value) {
+  const Fp8Numbers f = numbers_of(format);
   const uint32_t bits = bits_from_float(value);
   const uint32_t sign = (bits >> 24) & 0x80u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(kIsFnuz ? 0x80u : sign | 0x7fu);
-  if (magnitude >= kLargestAsFloat<kFormat>) return static_cast<uint8_t>(sign | kLargest<kFormat>);
-  const uint32_t rounded = round_magnitude<kIsE4M3 ? 3 : 2, (kIsE4M3 ? -6 : -14) - (kIsFnuz ? 1 : 0)>(magnitude);
-  if (kIsFnuz && rounded == 0) return 0;
-  return static_cast<uint8_t>(sign | rounded);
+  if (magnitude > 0x7f800000u) return static_cast<uint8_t>(f.is_fnuz ? 0x80u : sign | 0x7fu);
+  const uint32_t clamped = magnitude < f.largest ? magnitude : f.largest;
+  const uint32_t own_exponent = clamped & 0x7f800000u;
+  const uint32_t exponent = own_exponent > f.smallest_normal ? own_exponent : f.smallest_normal;
+  // Adding this power of two leaves the rounded significand in the lowest bits; a carry goes on into the exponent.
+  const uint32_t magic = exponent + (f.dropped << 23);
+  const uint32_t significand = bits_from_float(float_from_bits(clamped) + float_from_bits(magic)) - magic;
+  const uint32_t rounded = ((exponent - f.smallest_normal) >> f.dropped) + significand;
+  return static_cast<uint8_t>(f.is_fnuz && rounded == 0 ? 0u : sign | rounded);
 }
 
 // The scale of a tile of fp8_ds_mla: its largest magnitude becomes e4m3's largest value. The bound is the smallest normal.
@@ -157,7 +176,7 @@ MLA_FN float query_scale(float largest, float smallest, bool is_power_of_two) {
 // Two values at once, the first in the low byte.
 template <Fp8 kFormat>
 MLA_FN uint16_t to_fp8_pair(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if MLA_CONVERTS_FP8
   uint16_t pair;
   if constexpr (kFormat == Fp8::kE4M3) {
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
@@ -167,7 +186,7 @@ MLA_FN uint16_t to_fp8_pair(float low, float high) {
   }
   return pair;
 #else
-  return static_cast<uint16_t>(to_fp8<kFormat>(low) | (to_fp8<kFormat>(high) << 8));
+  return static_cast<uint16_t>(to_fp8(kFormat, low) | (to_fp8(kFormat, high) << 8));
 #endif
 }
 

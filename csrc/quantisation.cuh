@@ -40,21 +40,22 @@ struct Scale {
   }
 };
 
+__device__ __forceinline__ Fp8 format_of(CacheKind kind) {
+  if (kHasFnuz && kind == CacheKind::kFp8E4M3Fnuz) return Fp8::kE4M3Fnuz;
+  if (kHasFnuz && kind == CacheKind::kFp8E5M2Fnuz) return Fp8::kE5M2Fnuz;
+  return kind == CacheKind::kFp8E5M2 ? Fp8::kE5M2 : Fp8::kE4M3;
+}
+
 __device__ __forceinline__ uint16_t to_fp8_pair(CacheKind kind, float low, float high) {
-  if constexpr (kHasFnuz) {
-    switch (kind) {
-      case CacheKind::kFp8E4M3Fnuz:
-        return to_fp8_pair<Fp8::kE4M3Fnuz>(low, high);
-      case CacheKind::kFp8E5M2Fnuz:
-        return to_fp8_pair<Fp8::kE5M2Fnuz>(low, high);
-      default:
-        break;
-    }
-  }
-  // Where it is one instruction, converting to both is cheaper than code for each.
+#if MLA_CONVERTS_FP8
+  // Converting to both is cheaper than code for each.
   const uint16_t e4m3 = to_fp8_pair<Fp8::kE4M3>(low, high);
   const uint16_t e5m2 = to_fp8_pair<Fp8::kE5M2>(low, high);
   return kind == CacheKind::kFp8E5M2 ? e5m2 : e4m3;
+#else
+  const Fp8 format = format_of(kind);
+  return static_cast<uint16_t>(to_fp8(format, low) | (to_fp8(format, high) << 8));
+#endif
 }
 
 // Multiplication by the reciprocal, where stock vLLM does that.

@@ -29,7 +29,7 @@ struct QueryNorm {
   __device__ __forceinline__ const Act* source() const { return static_cast<const Act*>(p.in) + token * p.token_stride; }
   __device__ __forceinline__ const Act* weight() const { return static_cast<const Act*>(p.weight); }
   __device__ __forceinline__ Vectors mine() const { return {p.rank / kWidth, lane}; }
-  __device__ __forceinline__ int vector(int i) const { return kHasRow ? i : task * kShare + i; }
+  __device__ __forceinline__ int vector(int i) const { return task * kShare + i; }
 
   __device__ __forceinline__ void prefetch_inputs() const {
 #pragma unroll
@@ -41,29 +41,29 @@ struct QueryNorm {
 
   __device__ __forceinline__ void run() const {
     uint4 words[kQueryVectors];
+    if constexpr (kHasRow) {
+      mine().load_all(source(), words);
+      return run_row(inverse_rms_of(mine().sum_of_squares(words), p.rank, p.inverse_rank, p.epsilon));
+    }
     uint4 own[kShare];
     uint4 weights[kShare];
     mine().load_all(source(), words);
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       // An index known at compile time keeps the words in registers; another task's are read again.
-      own[i] = kHasRow ? words[i] : mine().load(source(), vector(i));
+      own[i] = mine().load(source(), vector(i));
       weights[i] = mine().load(weight(), vector(i));
     }
-    const float static_scale = !kHasRow && p.quant == QueryQuant::kStatic ? *p.static_scale : 1.0f;
+    const float static_scale = p.quant == QueryQuant::kStatic ? *p.static_scale : 1.0f;
     const float inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.rank, p.inverse_rank, p.epsilon);
     ActVector<Act> values[kShare];
 #pragma unroll
     for (int i = 0; i < kShare; ++i) {
       values[i] = normalise<Act>(elements<Act>(own[i]), elements<Act>(weights[i]), inverse_rms, p.rounds_twice);
     }
-    if constexpr (kHasRow) {
-      store_row(values);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kShare; ++i) {
-        if (mine().has(vector(i))) store(vector(i), values[i], static_scale);
-      }
+    for (int i = 0; i < kShare; ++i) {
+      if (mine().has(vector(i))) store(vector(i), values[i], static_scale);
     }
   }
 
@@ -72,15 +72,26 @@ struct QueryNorm {
     return query_scale(largest, p.smallest, p.scales_are_powers_of_two);
   }
 
-  // kToken.
-  __device__ __forceinline__ void store_row(const ActVector<Act> (&values)[kShare]) const {
+  // kToken. Each vector is normalised for the scale and once more for what is stored, in one loop that stays rolled:
+  // unrolled over the whole row the code is 40 kB.
+  __device__ __forceinline__ void run_row(float inverse_rms) const {
     float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) largest = fmaxf(largest, largest_of(values[i]));
-    const float scale = scale_for(max_over_lanes<kLanes>(largest));
+    float scale = 1.0f;
+#pragma unroll 1
+    for (int i = 0, is_second_time = 0; is_second_time < 2;) {
+      const ActVector<Act> value = normalise<Act>(elements<Act>(mine().load(source(), i)),
+                                                  elements<Act>(mine().load(weight(), i)), inverse_rms, p.rounds_twice);
+      if (is_second_time) {
+        store_e4m3(i, value, Scale(scale));
+      } else {
+        largest = fmaxf(largest, largest_of(value));
+      }
+      if (mine().has(++i)) continue;
+      i = 0;
+      ++is_second_time;
+      scale = scale_for(max_over_lanes<kLanes>(largest));
+    }
     if (lane == 0) p.scales[token * p.scale_token_stride] = scale;
-#pragma unroll
-    for (int i = 0; i < kShare; ++i) store_e4m3(i, values[i], Scale(scale));
   }
 
   // The other forms. All lanes of the group take part, those behind the row's end too.

@@ -12,7 +12,7 @@ namespace mla_fusion {
 // Vectors of the latent that a lane holds: 512 elements of 16 bits, what MLA models have, are two.
 constexpr int kLatentVectors = 2;
 
-// The latent of one token: normalised if kNorm, and into the cache.
+// The latent of one token: normalised if kNorm (and, in an open instance, if it has a weight), and into the cache.
 template <typename Act, Row kRow, bool kNorm>
 struct Latent {
   using Vectors = LaneVectors<Act, kLatentVectors>;
@@ -30,19 +30,21 @@ struct Latent {
     for (int i = 0; i < kLatentVectors; ++i) {
       mine().prefetch(source(), i);
       // The same for all tokens: once is enough, and more would queue for one line.
-      if (kNorm && token == 0) mine().prefetch(weight(), i);
+      if (kNorm && (!kIsOpen<kRow> || p.kv_c_weight != nullptr) && token == 0) mine().prefetch(weight(), i);
     }
     if (lane == 0 && token < p.num_slots) prefetch(p.slot_mapping + token);
-    if (kRow == Row::kFp8 && token == 0 && lane == 0) prefetch(p.kv_cache_scale);
+    const bool is_scaled = kRow == Row::kFp8 || (kIsOpen<kRow> && has_scale(p.cache_kind));
+    if (is_scaled && token == 0 && lane == 0) prefetch(p.kv_cache_scale);
   }
 
   __device__ __forceinline__ void run() const {
+    const bool has_norm = kNorm && (!kIsOpen<kRow> || p.kv_c_weight != nullptr);
     const CacheRow<kRow> row(p, token);
     uint4 words[kLatentVectors];
     uint4 weights[kLatentVectors];
     mine().load_all(source(), words);
     float inverse_rms = 0.0f;
-    if constexpr (kNorm) {
+    if (has_norm) {
       mine().load_all(weight(), weights);
       inverse_rms = inverse_rms_of(mine().sum_of_squares(words), p.lora_rank, p.inverse_lora_rank, p.epsilon);
     }
@@ -53,11 +55,11 @@ struct Latent {
       if (!mine().is_mine(i)) continue;
       const int index = mine().index(i);
       auto value = elements<Act>(words[i]);
-      if constexpr (kNorm) {
+      if (has_norm) {
         value = normalise<Act>(value, elements<Act>(weights[i]), inverse_rms);
         store_as(static_cast<Act*>(p.kv_c_out) + token * p.lora_rank + index, value);
       }
-      if (offset >= 0) store_latent<kRow>(p, offset, index, value, scale);
+      if (offset >= 0) store_latent<kRow, Act>(p, offset, index, value, scale);
     }
   }
 };
