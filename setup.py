@@ -31,7 +31,7 @@ class BuildPyWithSources(build_py):
         package = Path(self.build_lib) / "vllm_mla_fusion"
         shutil.rmtree(package / "csrc", ignore_errors=True)
         shutil.rmtree(package / "prebuilt", ignore_errors=True)
-        shutil.copytree(ROOT / "csrc", package / "csrc")
+        shutil.copytree(ROOT / "csrc", package / "csrc", ignore=shutil.ignore_patterns("*.md"))
         if PREBUILT:
             sys.path.insert(0, str(ROOT / "src"))
             from vllm_mla_fusion.jit import prebuilt

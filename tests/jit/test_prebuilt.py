@@ -312,7 +312,7 @@ def test_what_a_wheel_cannot_hold(value, monkeypatch):
 def test_a_portable_library_is_for_the_oldest_torch_and_has_ptx_of_the_newest_architecture():
     target = Target("cuda", ("9.0", "10.0"))
     assert "-DTORCH_TARGET_VERSION=0x020b000000000000" in compiling.cxx_flags(target, is_portable=True)
-    assert "-O3" in compiling.cxx_flags(target, is_portable=True)
+    assert "-Os" in compiling.cxx_flags(target, is_portable=True)
     assert "--compress-mode=size" in compiling.device_flags(target, is_portable=True)
     assert [flag for flag in compiling.device_flags(target, is_portable=True) if "arch" in flag] == [
         "-gencode=arch=compute_90,code=sm_90",
@@ -320,3 +320,11 @@ def test_a_portable_library_is_for_the_oldest_torch_and_has_ptx_of_the_newest_ar
         "-gencode=arch=compute_100,code=compute_100",
     ]
     assert tuple(map(int, prebuilt.TESTED_TORCH[0].split("."))) == toolchain.OLDEST_TORCH
+
+
+def test_a_portable_librarys_device_code_is_one_unit(tmp_path):
+    names = ["binding.cpp", "mla_rope_cache.cu", "mla_rope_cache_fp16.cu"]
+    sources = compiling._device_code_as_one([tmp_path / name for name in names])
+    assert [path.name for path in sources] == ["binding.cpp", "device_code.cu"]
+    assert sources[1].read_text() == '#include "mla_rope_cache.cu"\n#include "mla_rope_cache_fp16.cu"\n'
+    assert compiling._device_code_as_one([tmp_path / "binding.cpp"]) == [tmp_path / "binding.cpp"]

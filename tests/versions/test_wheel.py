@@ -115,7 +115,7 @@ def test_it_asks_for_nothing_but_what_torch_brings(site):
 
 
 def test_its_size(wheel):
-    assert wheel.stat().st_size <= 1.6 * 2**20
+    assert wheel.stat().st_size <= 2**20
 
 
 def test_its_architectures_and_that_no_kernel_spills(site, tools):

@@ -86,7 +86,7 @@ def csrc_digest() -> str:
     """Of the names and contents of the kernel sources."""
     csrc = csrc_dir()
     digest = hashlib.sha256()
-    for path in sorted(path for path in csrc.rglob("*") if path.is_file()):
+    for path in sorted(path for path in csrc.rglob("*") if path.is_file() and path.suffix != ".md"):
         digest.update(f"{path.relative_to(csrc)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
@@ -101,8 +101,8 @@ class CompileFailed(Exception):
 
 def cxx_flags(target: Target, is_portable: bool = False) -> list[str]:
     """Flags of the .cpp files."""
-    # A GPU's first start waits for this; its .cpp files check and launch.
-    level = "-O3" if target.backend == "cpu" or is_portable else "-O1"
+    # A GPU's first start waits for this, and a wheel is downloaded; its .cpp files check and launch.
+    level = "-O3" if target.backend == "cpu" else "-Os" if is_portable else "-O1"
     return [level, *CXX_FLAGS, *BACKEND_DEFINES[target.backend], *(PORTABLE_FLAGS if is_portable else ())]
 
 
@@ -115,8 +115,8 @@ def device_flags(target: Target, is_portable: bool = False) -> list[str]:
         numbers = [arch.replace(".", "") for arch in target.archs]
         codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
         if is_portable:
-            # The kernels of one architecture are much alike.
             codes += [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}", "--compress-mode=size"]
+            codes += ["--threads=0"]
         return [*CUDA_FLAGS, *BACKEND_DEFINES["cuda"], *codes]
     return [*HIP_FLAGS, *BACKEND_DEFINES["rocm"]] if target.backend == "rocm" else []
 
@@ -138,10 +138,12 @@ def compile_sources(
         is_portable: The library goes to other machines, with any torch from the oldest on.
     """
     place = _name_in_commands(work)
-    sources = [place / path.relative_to(work) for path in _copy_sources(work / "csrc", target)]
+    sources = _copy_sources(work / "csrc", target)
+    if is_portable:
+        sources = _device_code_as_one(sources)
     job = {
         "name": NAME,
-        "sources": [str(path) for path in sources],
+        "sources": [str(place / path.relative_to(work)) for path in sources],
         "build_directory": str(place),
         "extra_include_paths": [str(place / "csrc")],
         "extra_cflags": cxx_flags(target, is_portable),
@@ -180,6 +182,17 @@ def _copy_sources(into: Path, target: Target) -> list[Path]:
             shutil.copyfile(path, copy)
     suffixes = {".cpp"} if target.backend == "cpu" else {".cpp", ".cu"}
     return sorted(path for path in into.rglob("*") if path.suffix in suffixes)
+
+
+def _device_code_as_one(sources: list[Path]) -> list[Path]:
+    """One unit in place of the .cu files: its kernels are much alike, and are compressed together."""
+    others = [path for path in sources if path.suffix != ".cu"]
+    device = [path for path in sources if path.suffix == ".cu"]
+    if not device:
+        return others
+    joined = device[0].with_name("device_code.cu")
+    joined.write_text("".join(f'#include "{path.name}"\n' for path in device))
+    return [*others, joined]
 
 
 def _toolkit_flags(place: Path, tools: Toolchain) -> list[str]:
