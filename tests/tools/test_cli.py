@@ -348,6 +348,26 @@ def test_build_says_progress_path_and_time_then_clean():
     assert "removed 0 built kernels from" in run("clean").output
 
 
+def test_build_builds_nothing_where_the_wheels_kernel_serves(monkeypatch, tmp_path):
+    def serves(wanted):
+        return (None, "forced") if prebuilt.forces_jit() else (tmp_path / "mla_fusion.so", "")
+
+    monkeypatch.setattr(prebuilt, "find", serves)
+    result = run("build", "--arch", "cpu")
+    assert result.exit_code == 0, result.output
+    assert (
+        f"cpu: {tmp_path / 'mla_fusion.so'} (prebuilt, nothing to build; MLA_FUSION_JIT=1 builds it here)"
+        in result.output
+    )
+    assert not build.cache_dir().exists()
+    monkeypatch.setenv("MLA_FUSION_JIT", "1")
+    assert f"cpu: {build.library_path(Target('cpu'))}" in run("build", "--arch", "cpu").output
+    monkeypatch.setenv("MLA_FUSION_JIT", "yes")
+    refused = run("build", "--arch", "cpu")
+    assert refused.exit_code == 1
+    assert "MLA_FUSION_JIT must be 1" in refused.output
+
+
 def test_build_compiles_each_architecture_by_itself(monkeypatch, tmp_path):
     asked = []
 

@@ -78,7 +78,10 @@ def doctor(as_json: bool, model: str | None, no_trial: bool, engine_args: dict[s
     help="9.0, 10.0, gfx942, cpu, ...; may be repeated. 9.0,10.0 is one kernel for both.",
 )
 def build(archs: tuple[str, ...]) -> None:
-    """Build the kernel ahead of time, for the visible GPUs or for each ARCH (no GPU needed: container images)."""
+    """Build the kernel ahead of time, for the visible GPUs or for each ARCH (no GPU needed: container images).
+
+    Builds nothing where the wheel has a kernel that serves; MLA_FUSION_JIT=1 asks for a build all the same.
+    """
     from vllm_mla_fusion.jit.target import BUILD_AHEAD, detect_target, lacks_gpu, parse_arch
 
     failed = False
@@ -100,8 +103,12 @@ def build(archs: tuple[str, ...]) -> None:
 
 def _build_one(target: "Target") -> None:
     from vllm_mla_fusion.jit import build as builder
-    from vllm_mla_fusion.jit import resources
+    from vllm_mla_fusion.jit import prebuilt, resources
 
+    ready, _ = prebuilt.find(target)
+    if ready:
+        click.echo(f"{target}: {ready} (prebuilt, nothing to build; {prebuilt.FORCE_JIT}=1 builds it here)")
+        return
     began = time.monotonic()
 
     def step(done: int, total: int) -> None:
