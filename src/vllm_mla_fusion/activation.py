@@ -29,13 +29,26 @@ class Mode(enum.Enum):
     STRICT = "strict"
 
 
-def mode() -> Mode:
-    """The mode of this process.
+class Norm(enum.Enum):
+    """Whether the latent's RMSNorm joins the kernel: where it is a kernel of its own, wherever possible, or not."""
 
-    Raises:
-        ValueError: MLA_FUSION has another value than the accepted ones.
-    """
-    return _read(VARIABLE, Mode.OFF, "0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not)")
+    AUTO = "auto"
+    ALWAYS = "1"
+    NEVER = "0"
+
+
+ACCEPTED_MODES = "0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not)"
+ACCEPTED_NORMS = "auto or unset (fuse the norm where that wins), 1 (wherever possible) or 0 (never)"
+
+
+def mode() -> Mode:
+    """The mode of this process; a ValueError if MLA_FUSION has none of ACCEPTED_MODES."""
+    return _read(VARIABLE, Mode.OFF, ACCEPTED_MODES)
+
+
+def norm() -> Norm:
+    """What MLA_FUSION_NORM asks for; a ValueError if it has none of ACCEPTED_NORMS."""
+    return _read(NORM_VARIABLE, Norm.AUTO, ACCEPTED_NORMS)
 
 
 @contextlib.contextmanager
@@ -66,24 +79,6 @@ def _digest(problem: str) -> str:
     """Of the first line: what follows may say where and how often it was tried."""
     first = problem.partition("\n")[0].removesuffix(" The compiler says:")
     return hashlib.sha256(first.encode()).hexdigest()[:16]
-
-
-class Norm(enum.Enum):
-    """Whether the latent's RMSNorm joins the kernel: where it is a kernel of its own, wherever possible, or not."""
-
-    AUTO = "auto"
-    ALWAYS = "1"
-    NEVER = "0"
-
-
-def norm() -> Norm:
-    """What MLA_FUSION_NORM asks for.
-
-    Raises:
-        ValueError: it has another value than the accepted ones.
-    """
-    accepted = "auto or unset (fuse the norm where that wins), 1 (wherever possible) or 0 (never)"
-    return _read(NORM_VARIABLE, Norm.AUTO, accepted)
 
 
 def _read(variable: str, default: Choice, accepted: str) -> Choice:
