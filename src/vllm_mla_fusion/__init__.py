@@ -4,4 +4,4 @@
 Importing this package does nothing: no CUDA initialisation, no directory, no build.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -30,7 +30,7 @@ class Mode(enum.Enum):
 
 
 class Norm(enum.Enum):
-    """Whether the latent's RMSNorm joins the kernel: where it is a kernel of its own, wherever possible, or not."""
+    """Whether RMSNorms join the kernel: where that was measured to win, wherever possible, or never."""
 
     AUTO = "auto"
     ALWAYS = "1"
@@ -38,7 +38,7 @@ class Norm(enum.Enum):
 
 
 ACCEPTED_MODES = "0 or unset (off), 1 (fuse where it is safe) or strict (raise where it is not)"
-ACCEPTED_NORMS = "auto or unset (fuse the norm where that wins), 1 (wherever possible) or 0 (never)"
+ACCEPTED_NORMS = "auto or unset (fuse norms where that wins), 1 (wherever possible) or 0 (never)"
 
 
 def mode() -> Mode:

@@ -109,6 +109,15 @@ QUERIES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
     "selected_rows": lambda m, h: heads(m.q_b(h))[torch.arange(h.shape[0])],
     "in_place_factor": lambda m, h: heads(m.q_b(h)).mul_(1.25),
 }
+# What the query is made of: the hidden states, or with q-LoRA the norm of a latent of its own.
+SOURCES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
+    "hidden": lambda m, h: h,
+    "norm_op": lambda m, h: mla_layer.norm_op(m.q_a(h), m.q_norm),
+    "norm_written_out": lambda m, h: mla_layer.written_out_norm(m.q_a(h), m.q_norm),
+    "norm_of_a_part": lambda m, h: mla_layer.norm_op(m.wide(h)[:, :HIDDEN], m.q_norm),
+    "norm_with_factor": lambda m, h: mla_layer.norm_op(m.q_a(h), m.q_norm) * 0.75,
+    "norm_and_hidden": lambda m, h: mla_layer.norm_op(m.q_a(h), m.q_norm) + h,
+}
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "as_it_is": lambda q: q,
     "contiguous": lambda q: q.contiguous(),
@@ -218,6 +227,7 @@ def _reference_rope(name: str) -> Callable:
 class Recipe:
     """One choice of each kind, by name."""
 
+    source: str
     query: str
     layout: str
     style: str
@@ -230,6 +240,7 @@ class Recipe:
 
 
 _CHOICES = {
+    "source": list(SOURCES),
     "query": list(QUERIES),
     "layout": list(LAYOUTS),
     "style": list(STYLES),
@@ -268,6 +279,8 @@ class Module(nn.Module):
         self.wide = nn.Linear(HIDDEN, LORA + QUERY, bias=False, dtype=BF16)
         self.twice = nn.Linear(HIDDEN, 2 * QUERY, bias=False, dtype=BF16)
         self.k = nn.Linear(HIDDEN, ROT, bias=False, dtype=BF16)
+        self.q_a = nn.Linear(HIDDEN, HIDDEN, bias=False, dtype=BF16)
+        self.q_norm = nn.Parameter(torch.rand(HIDDEN).to(BF16) + 0.5)
         self.bias = nn.Parameter(torch.randn(QUERY).to(BF16))
         self.norm = nn.Parameter(torch.rand(LORA).to(BF16) + 0.5)
         self.scale = nn.Buffer(torch.tensor(1.0))
@@ -278,7 +291,7 @@ class Module(nn.Module):
         kv = self.kv_a(hidden)
         kv_c = LATENTS[recipe.latent](self, kv)
         k_pe = KEYS[recipe.key](self, hidden, kv)
-        q = LAYOUTS[recipe.layout](QUERIES[recipe.query](self, hidden))
+        q = LAYOUTS[recipe.layout](QUERIES[recipe.query](self, SOURCES[recipe.source](self, hidden)))
         before, after = READERS[recipe.reader]
         seen = [before(q, kv_c, k_pe)] if before else []
         raw_q, raw_k = q, k_pe

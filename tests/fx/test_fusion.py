@@ -622,13 +622,17 @@ def test_order_and_metadata_do_not_matter(seed: int, rope: str, ops: FusionOps) 
 @pytest.mark.parametrize("query", ["gemm", "biased", "custom", "into_empty"])
 @pytest.mark.parametrize("style", ["assign", "copy_into"])
 def test_a_kernels_result_is_rotated_where_it_lies(query: str, style: str, ops: FusionOps) -> None:
-    recipe = Recipe(query, "as_it_is", style, "view", "normed", "nobody", "native", is_neox=False, attends=True)
+    recipe = Recipe(
+        "hidden", query, "as_it_is", style, "view", "normed", "nobody", "native", is_neox=False, attends=True
+    )
     assert in_place_of(recipe, ops) == in_place.InPlaceResult(in_place=1)
 
 
 @pytest.mark.parametrize("query", ["factor", "into_zeros", "padded_heads", "head_norm", "bmm", "tokens_last_factor"])
 def test_what_inductor_computes_is_copied_first(query: str, ops: FusionOps) -> None:
-    recipe = Recipe(query, "as_it_is", "assign", "view", "normed", "nobody", "native", is_neox=False, attends=True)
+    recipe = Recipe(
+        "hidden", query, "as_it_is", "assign", "view", "normed", "nobody", "native", is_neox=False, attends=True
+    )
     assert in_place_of(recipe, ops) == in_place.InPlaceResult(copied=1)
 
 

@@ -27,6 +27,7 @@ from modules import Batch, Recipe, recipes
 from one_compilation import one_compilation
 
 from vllm_mla_fusion import kernel
+from vllm_mla_fusion.activation import NORM_VARIABLE
 from vllm_mla_fusion.host import passes
 
 COUNT = int(os.environ.get("MLA_FUSION_MODULES", "320"))
@@ -133,11 +134,14 @@ def _rotate(positions, query, key, head_size, cos_sin_cache, is_neox, *_) -> Non
 @pytest.mark.slow
 @pytest.mark.usefixtures("_rotary_op")
 @pytest.mark.parametrize("batch", range(COUNT // BATCH))
-def test_modules(batch: int, tmp_path: Path) -> None:
+def test_modules(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second batch with the norms in the kernel wherever possible."""
+    monkeypatch.setenv(NORM_VARIABLE, "1" if batch % 2 else "auto")
     kernel.load()
     chosen = recipes(SEED, COUNT)[batch * BATCH : (batch + 1) * BATCH]
     wrong, steps = check(chosen, dynamic=batch % 3 == 0, seed=batch, folder=tmp_path)
     assert not wrong
     ops = passes.fusion_ops()
     # Near misses would be right as well, and prove nothing.
-    assert steps.targets[ops.fused] + steps.targets[ops.fused_norm] > 0.7 * BATCH
+    assert sum(steps.targets[op] for op in (ops.fused, ops.fused_norm, ops.norms)) > 0.7 * BATCH
+    assert steps.targets[ops.norms] >= (2 if batch % 2 else 0)
