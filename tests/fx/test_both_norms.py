@@ -22,6 +22,8 @@ from vllm_mla_fusion.activation import NORM_VARIABLE
 from vllm_mla_fusion.fx.ops import FusionOps, Quantiser
 from vllm_mla_fusion.host import passes
 
+# Each test compiles a graph: minutes together.
+pytestmark = pytest.mark.slow
 aten = torch.ops.aten
 RANK = 256  # two groups
 LIBRARY = torch.library.Library("mla_fusion_quantisers", "DEF")
