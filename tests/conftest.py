@@ -111,7 +111,7 @@ class _AtOnce:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # Without the group that xdist puts behind it.
-        name = report.nodeid.partition("@/")[0]
+        name = report.nodeid.partition("@")[0]
         if report.failed:
             last = "\n".join(report.longreprtext.splitlines()[-self.LINES :])
             self.terminal.write_line(f"\nfailed: {name} after {report.duration:.0f} s\n{last}")
