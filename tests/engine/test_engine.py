@@ -140,7 +140,7 @@ def test_unknown_value(cache: Path) -> None:
 @parallel
 def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
     """Two ranks that find no kernel: one build, one line, and the tokens of two ranks without the plugin."""
-    options = {"prompts": 16, "engine": {"tensor_parallel_size": 2, **PARALLEL}}
+    options = {"prompts": 8, "engine": {"tensor_parallel_size": 2, **PARALLEL}}
     environ = {**BINDING, "MLA_FUSION_CACHE_DIR": str(tmp_path)}
     off, on = off_and_on(cache, environ=environ, **options)
     assert "Worker_TP1" in on.log
@@ -153,7 +153,7 @@ def test_tensor_parallel(cache: Path, tmp_path: Path) -> None:
 @parallel
 def test_pipeline_parallel(cache: Path) -> None:
     """The first stage says how many of its layers are fused; the second would stop a strict start if not all were."""
-    options = {"prompts": 16, "engine": {"pipeline_parallel_size": 2}}
+    options = {"prompts": 8, "engine": {"pipeline_parallel_size": 2}}
     off, on = off_and_on(cache, mode="strict", environ=BINDING, **options)
     assert on.log.count("3 of 3 MLA layers fused in the first of 2 pipeline stages") == 1
     assert on.result["tokens"] == off.result["tokens"]
@@ -191,10 +191,10 @@ def test_sleep(cache: Path) -> None:
 
 def test_data_parallel(cache: Path, stock_tokens: list[list[int]]) -> None:
     """Each rank is an engine of its own and says so; one runs dummy batches while the other generates."""
-    on = engine("1", cache, prompts=16, engine={"data_parallel_size": 2})
+    on = engine("1", cache, prompts=8, engine={"data_parallel_size": 2})
     assert on.returncode == 0, on.log[-3000:]
     assert on.log.count(FUSED) == 2
-    assert on.result["tokens"] == [stock_tokens] * 2
+    assert on.result["tokens"] == [stock_tokens[:8]] * 2
 
 
 @pytest.mark.parametrize("method", ["mtp", "eagle"])
