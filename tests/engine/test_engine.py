@@ -95,7 +95,7 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.Fixtur
     assert on.result["solved"] == off.result["solved"]
     if rope != "default":
         return
-    assert off.result["solved"] >= 398
+    assert sum(off.result["solved"]) >= 398
     warm = engine("strict", cache, prompts=8, **options)
     assert warm.returncode == 0, warm.log[-3000:]
     assert warm.log.count(FUSED) == 1
@@ -104,11 +104,12 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.Fixtur
 
 def test_norm_in_the_kernel(cache: Path, stock: Run) -> None:
     """It sums in an order of its own, so a CPU may have a near tie that goes the other way (none here: 64 of 64)."""
-    normed = engine("1", cache, problems=400, environ={"MLA_FUSION_NORM": "1"})
+    problems = 100
+    normed = engine("1", cache, problems=problems, environ={"MLA_FUSION_NORM": "1"})
     assert normed.returncode == 0, normed.log[-3000:]
     assert normed.log.count(f"{FUSED}, 6 with both norms") == 1
     assert sum(a == b for a, b in zip(normed.result["tokens"], stock.result["tokens"], strict=True)) >= 62
-    assert normed.result["solved"] >= stock.result["solved"] - 2
+    assert sum(normed.result["solved"]) >= sum(stock.result["solved"][:problems]) - 1
 
 
 @cpu_only
