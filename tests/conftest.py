@@ -110,11 +110,13 @@ class _AtOnce:
         self.terminal = config.pluginmanager.get_plugin("terminalreporter")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        # Without the group that xdist puts behind it.
+        name = report.nodeid.partition("@")[0]
         if report.failed:
             last = "\n".join(report.longreprtext.splitlines()[-self.LINES :])
-            self.terminal.write_line(f"\nfailed: {report.nodeid} after {report.duration:.0f} s\n{last}")
+            self.terminal.write_line(f"\nfailed: {name} after {report.duration:.0f} s\n{last}")
         elif report.duration > self.LONG_SECONDS:
-            self.terminal.write_line(f"\n{report.duration:.0f} s: {report.nodeid} ({report.when})")
+            self.terminal.write_line(f"\n{report.duration:.0f} s: {name} ({report.when})")
 
 
 @pytest.hookimpl(trylast=True)

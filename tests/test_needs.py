@@ -18,7 +18,7 @@ ONE_OF_EACH = {
     "gpu": "kernel/test_kernel.py::test_cuda_graph_and_current_stream",
     "engine": "engine/test_engine.py::test_unknown_value",
     "hip": "kernel/test_hip.py::test_a_compile_error_fails",
-    "versions": "versions/test_matrix.py::test_release[0.20.2]",
+    "versions": "versions/test_matrix.py::test_release[0.26.0]",
 }
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -222,10 +221,6 @@ class Op:
         returns = returns if len(self.outputs) == 1 else f"({returns})"
         return f"{self.layer_name}({_declared(self.layer_arguments)}, {layer_name_type} layer_name) -> {returns}"
 
-    def bind(self, *values: Any) -> Arguments:
-        """The values of the kernel's op by name."""
-        return cast(Arguments, self._bound(*values))
-
     def new_outputs(self, values: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Memory for the outputs of a layer op that is given `values`: fresh, contiguous but for scales, undefined."""
         return tuple([new(*[values[index] for index in sources]) for new, sources in self._new_of_layer])
@@ -236,10 +231,9 @@ class Op:
         Raises:
             RuntimeError: q_pe or an output has another shape or dtype.
         """
-        given = self.bind(*values)
         self._check_query(self.arguments, values)
-        for argument, (new, sources) in zip(self.outputs, self._new_of(self.arguments), strict=True):
-            output = getattr(given, argument.name)
+        given = values[len(self.arguments) - len(self.outputs) :]
+        for argument, output, (new, sources) in zip(self.outputs, given, self._new_of(self.arguments), strict=True):
             if output is not None:
                 _check_output(argument.name, output, new(*[values[index] for index in sources]))
 
@@ -263,10 +257,6 @@ class Op:
         places = {each.name: index for index, each in enumerate(arguments)}
         made = [_NEW[each.name] for each in self.outputs]
         return [(new, [places[source] for source in sources if source in places]) for new, sources in made]
-
-    @functools.cached_property
-    def _bound(self) -> Callable[..., Any]:
-        return namedtuple(self.name, [each.name for each in self.arguments])
 
 
 def _check_output(name: str, given: Tensor, expected: Tensor) -> None:

@@ -26,11 +26,11 @@ def mixed_prompts(count: int) -> list[str]:
     ]
 
 
-def solved(outputs: list, problems: list[dict[str, str]]) -> int:
+def solved(outputs: list, problems: list[dict[str, str]]) -> list[bool]:
     def last(text: str) -> str:
         return text.split("####")[-1].strip()
 
-    return sum(last(out.outputs[0].text) == last(row["answer"]) for out, row in zip(outputs, problems, strict=True))
+    return [last(out.outputs[0].text) == last(row["answer"]) for out, row in zip(outputs, problems, strict=True)]
 
 
 def give_layers_their_own_writer() -> None:

@@ -64,16 +64,16 @@ def run(
     if mode:
         environment["MLA_FUSION"] = mode
     command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
-    returncode = _run_to_its_end(command, environment | (environ or {}), log_file)
+    returncode = run_to_its_end(command, environment | (environ or {}), log_file)
     result = json.loads(result_file.read_text()) if result_file.exists() else {}
     return Run(returncode, log_file.read_text(errors="replace"), result)
 
 
-def _run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path) -> int:
+def run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path, folder: Path | None = None) -> int:
     """Runs a command and ends whatever it leaves behind: workers of a failed engine keep their memory and the GPU's."""
     with log_file.open("w") as log:
         # Into a file: workers that are left would keep a pipe open.
-        script = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        script = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
         try:
             return script.wait(TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:

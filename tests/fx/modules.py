@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import mla_layer
 import torch
@@ -240,7 +241,6 @@ class Recipe:
 
 
 _CHOICES = {
-    "source": list(SOURCES),
     "query": list(QUERIES),
     "layout": list(LAYOUTS),
     "style": list(STYLES),
@@ -251,21 +251,22 @@ _CHOICES = {
     "is_neox": [False, True],
     "attends": [False, True],
 }
-assert list(_CHOICES) == [field.name for field in fields(Recipe)]
+assert ["source", *_CHOICES] == [field.name for field in fields(Recipe)]
 
 
 def recipes(seed: int, count: int) -> list[Recipe]:
     """As many different ones. Half of the queries keep their layout, so that what produced them is what is rotated."""
-    generator = random.Random(seed)
-    found: dict[Recipe, None] = {}
+    generator, of_sources = random.Random(seed), random.Random(seed + 1)
+    found: dict[tuple[Any, ...], Recipe] = {}
     while len(found) < count:
         recipe = {name: generator.choice(choices) for name, choices in _CHOICES.items()}
         if generator.random() < 0.5:
             recipe["layout"] = "as_it_is"
         if recipe["query"] in _STRIDED and recipe["rope"] in _MUTATING:
             continue  # Inductor's own decomposition of the rotary op fails
-        found[Recipe(**recipe)] = None
-    return list(found)
+        if (*recipe.values(),) not in found:
+            found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe)
+    return list(found.values())
 
 
 class Module(nn.Module):

@@ -27,6 +27,8 @@ from vllm_mla_fusion.fx import norm as latents_norm
 from vllm_mla_fusion.fx.ops import FusionOps
 from vllm_mla_fusion.host import passes
 
+# Each test compiles a graph: minutes together.
+pytestmark = pytest.mark.slow
 aten = torch.ops.aten
 
 

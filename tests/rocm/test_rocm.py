@@ -7,6 +7,7 @@ wheel and runs in the environments of the release matrix; `aiter` is a stand-in 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.rocm import environment
 
-# The oldest, the one that most sits between, and the newest release.
-RELEASES = ["0.20.2", "0.32.0", "0.33.0"]
+# The oldest and the newest; others on demand, the oldest first.
+RELEASES = os.environ.get("MLA_TEST_ROCM_RELEASES", "0.20.2 0.33.0").split()
 CHECKS = 7
 
 
@@ -44,8 +45,8 @@ def test_stock_layers(release: str, arch: str, with_aiter: bool, tmp_path: Path)
     assert len(results) == CHECKS
     problems = [f"{result['check']}: {problem}" for result in results for problem in result["problems"]]
     assert not problems, "\n".join(problems)
-    # The oldest release does not yet find its own pattern in these graphs.
-    if with_aiter and release != RELEASES[0]:
+    # 0.20.2 does not yet find its own pattern in these graphs.
+    if with_aiter and release != "0.20.2":
         assert sum(line.get("dual_norms", 0) for line in lines) > 0, (
             "vLLM's AITER fusion did not happen: nothing was tested"
         )

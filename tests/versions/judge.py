@@ -11,10 +11,16 @@ from vllm.model_executor.models import registry
 
 from vllm_mla_fusion.host import layers, report
 
-from . import codegen, decoder, graphs, replay, tracing, world
-from .configurations import Case
+from . import checkpoints, codegen, decoder, graphs, replay, tracing, world
+from .configurations import DEFAULT, Case
 from .limits import NOT_COMPILED
+from .models import DEEPSEEK_V3
 from .tracing import Trace
+
+# Whose `q_b` is a kernel that reads the query's norm as it is, or as an op has quantised it.
+BOTH_NORMS = {
+    Case(DEEPSEEK_V3, each, DEFAULT) for each in (checkpoints.UNQUANTISED, checkpoints.FP8_BLOCK, checkpoints.INT4_ALL)
+}
 
 
 def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterator[str]:
@@ -36,6 +42,9 @@ def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> I
     if graphs_folder is not None:
         trace.write(graphs_folder / f"{case}.txt")
     yield from problems_of(config, trace, case.model.num_mla_layers)
+    ops = graphs.count(trace.after)
+    if case in BOTH_NORMS and ops[graphs.FUSED_WITH_BOTH] != graphs.count(trace.before)[graphs.UPDATE]:
+        yield f"{ops[graphs.FUSED_WITH_BOTH]} calls have both norms"
 
 
 def problems_of(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor_config
 
-from vllm_mla_fusion.fx.ops import SPLITS, VIEWS, aten
+from vllm_mla_fusion.fx.ops import SPLITS, VIEWS, aten, mutated_arguments
 from vllm_mla_fusion.fx.reading import PROBE_TOKENS, NoMatchError, fake, probe_size, shape, symbolic
 
 _MATMULS = {aten.addmm.default, aten.mm.default}
@@ -139,9 +139,8 @@ def _is_result_number(node: fx.Node, index: int) -> bool:
         return _is_custom(node.target)
     op = node.args[0]
     assert isinstance(op, torch._ops.OpOverload)
-    mutated = [each.name for each in op._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    # Without a return value the functional form returns None in its place.
-    index -= max(1, len(op._schema.returns))
+    first, mutated = mutated_arguments(op)
+    index -= first
     if not _is_custom(op) or index >= len(mutated):
         return False
     if index < 0:

@@ -79,7 +79,8 @@ class Quantiser:
     scale: str = "scale"
 
 
-def _everywhere(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
+def everywhere(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
+    """`FusionOps.takes_norms` without a condition."""
     return True
 
 
@@ -105,7 +106,7 @@ class FusionOps:
     rope_query: Any = None
     quantisers: tuple[Quantiser, ...] = ()
     scale_layouts: tuple[tuple[str, Callable[[Any, int], tuple[Any, Any]]], ...] = ()
-    takes_norms: Callable[[bool, torch.dtype, int], bool] = _everywhere
+    takes_norms: Callable[[bool, torch.dtype, int], bool] = everywhere
 
 
 def is_functional(node: fx.Node, *targets: Any) -> bool:
@@ -130,9 +131,15 @@ def result_of(node: fx.Node, index: int) -> fx.Node | None:
     return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)
 
 
+def mutated_arguments(op: Any) -> tuple[int, list[str]]:
+    """The arguments that an op mutates; its functional form returns them from this result on."""
+    schema = op._schema
+    names = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    # Without a return value the functional form returns None in its place.
+    return max(1, len(schema.returns)), names
+
+
 def mutated_result(node: fx.Node, name: str) -> fx.Node | None:
     """The node that picks what a functional form makes of the argument that its op mutates."""
-    schema = node.args[0]._schema
-    mutated = [each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write]
-    # Without a return value the functional form returns None in its place.
-    return result_of(node, max(1, len(schema.returns)) + mutated.index(name))
+    first, names = mutated_arguments(node.args[0])
+    return result_of(node, first + names.index(name))

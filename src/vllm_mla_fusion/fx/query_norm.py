@@ -4,7 +4,7 @@ may do it together with the key and the cached latent."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,15 +49,17 @@ def match(update: fx.Node, site: Site, latent: Norm, ops: FusionOps) -> QueryNor
     inputs = {site.positions, site.cos_sin_cache, site.k_pe, latent.kv_c, latent.weight, *others}
     behind = ancestors(site.q_pe) - ancestors(*_nodes(inputs))
     for node in reversed([node for node in update.graph.nodes if node in behind]):
-        for found in _candidates(node, site, ops):
-            inputs |= {found.norm.kv_c, found.norm.weight, found.static_scale}
-            outputs = {update, normed, k_rotated, found.normed, found.scales}
-            # What the kernel reads must not be computed from what it makes.
-            is_before = outputs.isdisjoint(ancestors(*_nodes(inputs)))
-            try:
-                return found if is_before and _fits(found, site, ops) else None
-            except NoMatchError:
-                return None
+        found = _norm_of(node, site, ops)
+        if found is None:
+            continue
+        inputs |= {found.norm.kv_c, found.norm.weight, found.static_scale}
+        outputs = {update, normed, k_rotated, found.normed, found.scales}
+        # What the kernel reads must not be computed from what it makes.
+        is_before = outputs.isdisjoint(ancestors(*_nodes(inputs)))
+        try:
+            return found if is_before and _fits(found, site, ops) else None
+        except NoMatchError:
+            return None
     return None
 
 
@@ -65,17 +67,13 @@ def _nodes(values: Iterable[Any]) -> list[fx.Node]:
     return [each for each in values if isinstance(each, fx.Node)]
 
 
-def _candidates(node: fx.Node, site: Site, ops: FusionOps) -> Iterator[QueryNorm]:
+def _norm_of(node: fx.Node, site: Site, ops: FusionOps) -> QueryNorm | None:
     """What the node is the result of, if that is a norm, with or without quantisation."""
     quantiser = next((each for each in ops.quantisers if is_functional(node, each.target)), None)
     if quantiser is not None:
-        found = _quantised(node, quantiser, site, ops)
-        if found is not None:
-            yield found
-        return
+        return _quantised(node, quantiser, site, ops)
     norm = _norm(node, site, ops)
-    if norm is not None:
-        yield QueryNorm(norm, node)
+    return QueryNorm(norm, node) if norm is not None else None
 
 
 def _norm(node: fx.Node, site: Site, ops: FusionOps) -> Norm | None:

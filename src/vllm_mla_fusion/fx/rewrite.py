@@ -22,9 +22,7 @@ from vllm_mla_fusion.fx.transaction import sort
 def rewrite(update: fx.Node, site: Site, norm: Norm | None, ops: FusionOps) -> None:
     """Replaces one update. The graph stays functional; what nobody reads any more stays in it."""
     normed, k_rotated, *_ = arguments(update).values()
-    latent: dict[str, Any] = {"kv_c": normed}
-    if norm is not None:
-        latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
+    latent = {"kv_c": normed} if norm is None else _of_latent(norm)
     outputs = [_new_key(site, k_rotated), *([_like(normed)] if norm is not None else []), _like(site.q_pe)]
     given = {**_rotation(site), "q_pe": site.q_pe, "k_pe": site.k_pe, **latent, **_of_cache(update)}
     op = ops.fused if norm is None else ops.fused_norm
@@ -49,8 +47,7 @@ def rewrite_around_q_b(update: fx.Node, site: Site, norm: Norm, query: QueryNorm
     querys: dict[str, Any] = {"q_c": query.norm.kv_c, "q_c_weight": query.norm.weight, "q_epsilon": query.norm.epsilon}
     querys |= {"q_quant": query.quant, "q_rounds_twice": query.rounds_twice, "q_smallest": query.smallest}
     querys |= {"q_static_scale": query.static_scale, "q_scales_layout": query.scales_layout}
-    latent = {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
-    given = {**_rotation(site), **querys, "k_pe": site.k_pe, **latent, **_of_cache(update)}
+    given = {**_rotation(site), **querys, "k_pe": site.k_pe, **_of_latent(norm), **_of_cache(update)}
     outputs = [_like(query.normed), scales, _new_key(site, k_rotated), _like(normed)]
     q_c_out, q_scales_out, k_pe_out, kv_c_normed_out = _call(update, ops.norms, (), given, outputs)
     given = {**_rotation(site), "q_pe": site.q_pe, "layer_name": arguments(update)["layer_name"]}
@@ -69,6 +66,10 @@ def rewrite_around_q_b(update: fx.Node, site: Site, norm: Norm, query: QueryNorm
 
 def _rotation(site: Site) -> dict[str, Any]:
     return {"positions": site.positions, "cos_sin_cache": site.cos_sin_cache, "is_neox": site.is_neox}
+
+
+def _of_latent(norm: Norm) -> dict[str, Any]:
+    return {"kv_c": norm.kv_c, "kv_c_weight": norm.weight, "epsilon": norm.epsilon}
 
 
 def _of_cache(update: fx.Node) -> dict[str, Any]:

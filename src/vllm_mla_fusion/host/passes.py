@@ -14,7 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from vllm_mla_fusion import activation, arguments, identity, kernel
 from vllm_mla_fusion.fx import fusion, in_place
-from vllm_mla_fusion.fx.ops import FusionOps, Quantiser, RotaryOp
+from vllm_mla_fusion.fx.ops import FusionOps, Quantiser, RotaryOp, everywhere
 from vllm_mla_fusion.host import graph_dump, layer_ops, report, support
 from vllm_mla_fusion.host.config import config_problem, update_problem
 from vllm_mla_fusion.host.support import INDUCTOR_PASS, MLA_ATTENTION, PATCHED
@@ -49,7 +49,7 @@ def fusion_ops() -> FusionOps:
         rope_query=ops.rope_query,
         quantisers=_quantisers(),
         scale_layouts=layouts,
-        takes_norms=_always if norm is activation.Norm.ALWAYS else _wins,
+        takes_norms=everywhere if norm is activation.Norm.ALWAYS else _wins,
     )
 
 
@@ -68,10 +68,6 @@ def _quantisers() -> tuple[Quantiser, ...]:
     }
     found = ((_op("_C", name), make) for name, make in known.items())
     return tuple(make(target) for target, make in found if target is not None)
-
-
-def _always(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:
-    return True
 
 
 def _wins(is_neox: bool, dtype: torch.dtype, q_lora_rank: int) -> bool:

@@ -22,6 +22,8 @@ from vllm_mla_fusion.activation import NORM_VARIABLE
 from vllm_mla_fusion.fx.ops import FusionOps, Quantiser
 from vllm_mla_fusion.host import passes
 
+# Each test compiles a graph: minutes together.
+pytestmark = pytest.mark.slow
 aten = torch.ops.aten
 RANK = 256  # two groups
 LIBRARY = torch.library.Library("mla_fusion_quantisers", "DEF")
@@ -105,8 +107,8 @@ def gemm_fake(q, scales, weight):
 class Quantised(Layer):
     """A q-LoRA layer whose `q_b` gets the query's latent from `form`."""
 
-    def __init__(self, form: Callable, piece: bool = True) -> None:
-        super().__init__("layers.0", "native", False, piece)
+    def __init__(self, form: Callable) -> None:
+        super().__init__("layers.0", "native", False, piece=True)
         self.form = form
         self.latent_weight = torch.nn.Parameter(torch.randn(LORA).to(torch.bfloat16) + 1)
         self.query_weight = torch.nn.Parameter(torch.randn(RANK).to(torch.bfloat16) + 1)
@@ -201,11 +203,10 @@ FORMS = {
 
 @pytest.fixture
 def ops(monkeypatch) -> FusionOps:
-    monkeypatch.setenv(NORM_VARIABLE, "1")
-    monkeypatch.setattr(passes, "_op", lambda namespace, name: getattr(getattr(OPS, name, None), "default", None))
-    quantisers = passes._quantisers()
+    with monkeypatch.context() as patch:
+        patch.setattr(passes, "_op", lambda namespace, name: getattr(getattr(OPS, name, None), "default", None))
+        quantisers = passes._quantisers()
     assert [each.target._schema.name.split("::")[1] for each in quantisers] == list(SCHEMAS)
-    monkeypatch.undo()
     monkeypatch.setenv(NORM_VARIABLE, "1")
     kernel.load()
     return dataclasses.replace(passes.fusion_ops(), quantisers=quantisers)
