@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.deepseek_scaling_rope import DeepseekScalingRotaryEmbedding
 from vllm.utils.torch_utils import _encode_layer_name
-from vllm.v1.attention.backends.mla.cpu_mla import CPUMLAImpl
 
 Q_LORA, LORA, ROT, NOPE, HEADS, HIDDEN, MAX_POSITION = 96, 64, 32, 16, 4, 48, 64
 BLOCK_SIZE, NUM_BLOCKS, EPSILON = 16, 6, 1e-5
+# Not in every release for GPUs.
+CPU_MLA = "vllm.v1.attention.backends.mla.cpu_mla"
 
 
 def native(rope: type) -> Callable:
@@ -160,8 +162,9 @@ class Projections(nn.Module):
 class Attention(MLAAttention):
     """vLLM's layer with its own cache update, without weights, and an attention that mixes all it is given."""
 
-    def __init__(self, implementation: type = CPUMLAImpl) -> None:
+    def __init__(self, implementation: type | None = None) -> None:
         nn.Module.__init__(self)
+        implementation = implementation or importlib.import_module(CPU_MLA).CPUMLAImpl
         self.kv_cache = torch.zeros(NUM_BLOCKS, BLOCK_SIZE, LORA + ROT, dtype=torch.bfloat16)
         self.kv_cache_dtype = "auto"
         self.kv_lora_rank, self.qk_rope_head_dim = LORA, ROT
