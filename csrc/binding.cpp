@@ -21,12 +21,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mla_fusion, m) {
   m.def("rope_query(Tensor positions, Tensor(a!) q_pe, Tensor cos_sin_cache, bool is_neox) -> ()");
 }
 
-// The launcher finds the device by itself.
+// The launcher finds the device by itself. The last is an op of vLLM's graphs, whose schema has a tag that cannot be given
+// here: layer_ops.py defines it.
 #define MLA_FUSION_IMPLEMENTATIONS(m)                                                                               \
   m.impl("concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::concat_and_cache_mla_rope_fused));               \
   m.impl("norm_concat_and_cache_mla_rope_fused", TORCH_BOX(&mla_fusion::norm_concat_and_cache_mla_rope_fused));     \
   m.impl("norms_rope_concat_and_cache_mla", TORCH_BOX(&mla_fusion::norms_rope_concat_and_cache_mla));               \
-  m.impl("rope_query", TORCH_BOX(&mla_fusion::rope_query))
+  m.impl("rope_query", TORCH_BOX(&mla_fusion::rope_query));                                                         \
+  m.impl("fused_rope_query_in_place", TORCH_BOX(&mla_fusion::rope_query))
 
 STABLE_TORCH_LIBRARY_IMPL(mla_fusion, CPU, m) { MLA_FUSION_IMPLEMENTATIONS(m); }
 

@@ -132,9 +132,20 @@ def _new_query_latent(q_c: Tensor, q_quant: str) -> Tensor:
     return torch.empty_like(q_c, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def has_scales(q_quant: str) -> bool:
+    """Whether the query's latent gets scales of its own."""
+    return q_quant not in ("none", "static")
+
+
+@functools.cache
+def _no_scales(device: torch.device) -> Tensor:
+    """Once for all calls: an allocation takes a GPU's host microseconds."""
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
 def _new_query_scales(q_c: Tensor, q_quant: str, layout: str = "rows") -> Tensor:
-    if q_quant in ("none", "static"):
-        return torch.empty(0, dtype=torch.float32, device=q_c.device)
+    if not has_scales(q_quant):
+        return _no_scales(q_c.device) if type(q_c) is Tensor else _no_scales.__wrapped__(q_c.device)
     num_tokens, rank = q_c.shape
     columns = 1 if q_quant == "token" else rank // _GROUP
     strides = scale_strides(layout, num_tokens, columns)
@@ -215,6 +226,10 @@ class Op:
         """Of the kernel's op, with its name."""
         return f"{self.name}({_declared(self.arguments)}) -> ()"
 
+    def in_place_schema(self) -> str:
+        """Of the kernel's op as an op of graphs."""
+        return self.schema().replace(self.name, ROPE_QUERY_IN_PLACE, 1)
+
     def layer_schema(self, layer_name_type: str) -> str:
         """Of the layer op, with its name. Every output is a tensor: what there is none of is an empty one."""
         returns = ", ".join(["Tensor"] * len(self.outputs))
@@ -292,4 +307,6 @@ NORMS = Op(
     frozenset({Part.ROTATION, Part.QUERY_NORM, Part.KEY, Part.LATENT_NORM}),
 )
 ROPE_QUERY = Op("rope_query", "fused_rope_query", frozenset({Part.ROTATION, Part.QUERY}))
+# The same kernel as an op of graphs that needs no Python, hence no layer: where the query is certain to lie as traced.
+ROPE_QUERY_IN_PLACE = "fused_rope_query_in_place"
 OPS = (PLAIN, NORM, NORMS, ROPE_QUERY)

@@ -245,7 +245,12 @@ def test_both_norms_join(form: str, ops: FusionOps) -> None:
     assert (result.fused, result.with_norm, result.with_both_norms, the_pass.in_place[0]) == (1, 1, 1, 1)
     (before,) = [node for node in the_pass.after[0] if node.target is ops.norms]
     assert before.kwargs["q_quant"] == quant
-    assert [the_pass.count(op) for op in (ops.norms, ops.rope_query, ops.fused, ops.fused_norm)] == [1, 1, 0, 0]
+    assert [the_pass.count(op) for op in (ops.norms, ops.rope_query_in_place, ops.fused, ops.fused_norm)] == [
+        1,
+        1,
+        0,
+        0,
+    ]
     for gone in (ops.update, ops.rms_norm, aten.rsqrt.default, aten.clone.default, aten.slice_scatter.default):
         assert the_pass.count(gone) == 0, gone
     for gone in (ops.rms_norm_out, *(each.target for each in ops.quantisers)):

@@ -118,7 +118,9 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("op", "quant"), [(NORM, "none"), (NORMS, "none"), (NORMS, "group")], ids=["one op", "two ops", "two ops, fp8 block"]
+    ("op", "quant"),
+    [(NORM, "none"), (NORMS, "none"), (NORMS, "group")],
+    ids=["one op", "two ops", "two ops, fp8 block"],
 )
 def test_host_time(op: Op, quant: str, tensors: Tensors, layer: Attention) -> None:
     with forward_context({NAME: layer}, tensors["slots"]), torch.inference_mode():

@@ -24,7 +24,7 @@ READ_WHERE_THEY_LIE: dict[str, tuple[tuple[str, ...], int | None]] = {
     "mla_fusion.fused_concat_and_cache_mla_rope": (("q_pe", "k_pe"), 0),
     "mla_fusion.fused_norm_concat_and_cache_mla_rope": (("q_pe", "k_pe"), 0),
     "mla_fusion.fused_norms_rope_concat_and_cache_mla": (("q_c", "k_pe", "kv_c"), 2),
-    "mla_fusion.fused_rope_query": (("q_pe",), None),
+    "mla_fusion.fused_rope_query_in_place": (("q_pe",), None),
     "mla_fusion_tests.in_place_fused_concat_and_cache_mla_rope": (("q_pe", "k_pe"), 0),
 }
 

@@ -19,7 +19,7 @@ FUSED = "mla_fusion::fused_concat_and_cache_mla_rope"
 FUSED_WITH_NORM = "mla_fusion::fused_norm_concat_and_cache_mla_rope"
 # Of a model with q-LoRA on the GPU that is pretended: one op before q_b and one after it.
 FUSED_WITH_BOTH = "mla_fusion::fused_norms_rope_concat_and_cache_mla"
-ROPE_QUERY = "mla_fusion::fused_rope_query"
+ROPE_QUERY = "mla_fusion::fused_rope_query_in_place"
 WRITERS = (FUSED, FUSED_WITH_NORM, FUSED_WITH_BOTH)
 
 # All of these are in a stock graph only for the sake of RoPE and of putting the rotated query back into its buffer.

@@ -181,9 +181,11 @@ class _Replay(fx.Interpreter):
         return query, scales, key, latent
 
     def _fused_rope_query(
-        self, positions: torch.Tensor, q_pe: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool, layer_name: Any
+        self, positions: torch.Tensor, q_pe: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool, **_: Any
     ) -> None:
         q_pe.copy_(_rotated(q_pe, positions, cos_sin_cache, is_neox))
+
+    _fused_rope_query_in_place = _fused_rope_query
 
     # fp8 is not rounded here: a value is divided by its scale.
 

@@ -78,7 +78,7 @@ def _replace_calls(graph: fx.Graph, ops: FusionOps, copy_all: bool) -> InPlaceRe
             copied += 1
         else:
             in_place += 1
-        _make_mutating(graph, fused, q_pe, replacements)
+        _make_mutating(graph, fused, q_pe, replacements, ops)
     _erase_unused_views(graph)
     return InPlaceResult(in_place, copied)
 
@@ -119,11 +119,16 @@ def _copy_before(fused: fx.Node, q_pe: fx.Node) -> fx.Node:
     return copy
 
 
-def _make_mutating(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node, replacements: Replacements) -> None:
-    num_returns = len(fused.args[0]._schema.returns)
+def _make_mutating(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node, replacements: Replacements, ops: FusionOps) -> None:
+    target, given = fused.args[0], {**fused.kwargs, "q_pe": q_pe}
+    num_returns = len(target._schema.returns)
     values = fused.meta["val"][:num_returns]
+    lies_as_traced = q_pe is fused.kwargs["q_pe"] and fake(q_pe).stride()[-1] == 1
+    if target is ops.rope_query and lies_as_traced and ops.rope_query_in_place is not None:
+        target = ops.rope_query_in_place
+        del given["layer_name"]
     with graph.inserting_before(fused):
-        call = graph.call_function(fused.args[0], (), {**fused.kwargs, "q_pe": q_pe})
+        call = graph.call_function(target, (), given)
     call.meta["val"] = values[0] if num_returns == 1 else values or None
     for index in range(num_returns):
         result = result_of(fused, index)

@@ -91,7 +91,8 @@ class FusionOps:
     `rms_norm` is called as (x, weight, epsilon, ...); `rms_norm_out` has arguments `input`, `weight`, `epsilon` and
     writes its first. `fused_norm` is None where the latent's norm is to stay where it is. `norms` and `rope_query` take
     the place of the one op where the query's norm may join too, which `takes_norms` decides by the rotation's pairing,
-    the activation dtype and the size of the query's latent. `scale_layouts`: names of layouts of scales, and functions
+    the activation dtype and the size of the query's latent; `rope_query_in_place`, without a layer's name, that of
+    `rope_query` where the query is rotated where it lies. `scale_layouts`: names of layouts of scales, and functions
     from (number of tokens, columns) to strides.
     """
 
@@ -104,6 +105,7 @@ class FusionOps:
     norm_beside_others: bool = False
     norms: Any = None
     rope_query: Any = None
+    rope_query_in_place: Any = None
     quantisers: tuple[Quantiser, ...] = ()
     scale_layouts: tuple[tuple[str, Callable[[Any, int], tuple[Any, Any]]], ...] = ()
     takes_norms: Callable[[bool, torch.dtype, int], bool] = everywhere

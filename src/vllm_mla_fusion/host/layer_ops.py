@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.arguments import NORM, NORMS, PLAIN, ROPE_QUERY, Op, Role
+from vllm_mla_fusion.arguments import NORM, NORMS, PLAIN, ROPE_QUERY, Op, Role, has_scales
 from vllm_mla_fusion.host import layer_state, layers
 
 
@@ -23,6 +23,7 @@ class LayerOps:
     norm: Any
     norms: Any
     rope_query: Any
+    rope_query_in_place: Any
 
 
 def _function(op: Op) -> Callable[..., Any]:
@@ -39,37 +40,50 @@ def _function(op: Op) -> Callable[..., Any]:
         it across a graph partition, and a mutated strided view would have to be copied there. RuntimeError: an argument
         does not fit, or there is no forward context.
     """
-    rows, q_pe, kv_c, dtype, scale, after_cache, key_out, normed_out, has_scales = _places(op)
-    before_cache, new_outputs = op.before_cache, op.new_outputs
+    places = _places(op)
+    q_pe, kv_c, dtype, after_cache, q_quant = places.q_pe, places.kv_c, places.dtype, places.after_cache, places.q_quant
+    before_cache, new_outputs, is_single = op.before_cache, op.new_outputs, len(op.outputs) == 1
     layer_context, state_of = layers.layer_context, layer_state.of
 
     # Prefill steps outside CUDA graphs wait for these lines in each layer: what can be, is looked up above.
     def run(*values: Any) -> Any:
-        outputs = new_outputs(values)
         layer, kv_cache, slots = layer_context(values[-1])
+        outputs = new_outputs(values)
         state = state_of(layer)
         if state.is_watched:
             state.saw(op, None if q_pe is None else values[q_pe])
-        is_stock, kernels_dtype = False, "auto"
+        decision = cache = None
         if slots is not None and kv_cache.numel() != 0:
             decision = state.decide(layer, kv_cache, values[dtype], values[kv_c])
-            is_stock, kernels_dtype = decision.reason is not None, decision.kernels_dtype
-        if is_stock or slots is None or kv_cache.numel() == 0:
-            slots, kv_cache, kernels_dtype = *_nowhere(values[kv_c]), "auto"
-        given = values[:before_cache]
-        if any(values[index].stride(-1) != 1 for index in rows):
-            given = _packed(given)
-        taken = _without_empty(outputs) if has_scales else outputs
-        cache = (slots, kv_cache, kernels_dtype, values[scale])
-        kernel.overload(op)(*given, *cache, *values[after_cache], *taken)
-        if q_pe is not None and given[q_pe] is not values[q_pe]:
-            values[q_pe].copy_(given[q_pe])
-        if is_stock:
-            latent = values[kv_c] if normed_out is None else outputs[normed_out]
-            layers.stock_cache_update(latent, outputs[key_out], values[-1], values[dtype], values[scale])
-        return outputs if len(outputs) > 1 else outputs[0]
+            if decision.reason is None:
+                cache = slots, kv_cache, decision.kernels_dtype
+        rest = (*(cache or _nowhere(values[kv_c])), *values[after_cache])
+        taken = outputs if q_quant is None or has_scales(values[q_quant]) else (outputs[0], None, *outputs[2:])
+        try:
+            kernel.overload(op)(*values[:before_cache], *rest, *taken)
+        except RuntimeError:
+            if not _runs_packed(op, places.rows, values, (*rest, *taken)):
+                raise
+        if decision is not None and decision.reason is not None:
+            latent = values[kv_c] if places.normed_out is None else outputs[places.normed_out]
+            layers.stock_cache_update(latent, outputs[places.key_out], values[-1], values[dtype], values[dtype + 1])
+        return outputs[0] if is_single else outputs
 
     return run
+
+
+def _runs_packed(op: Op, rows: list[int], values: tuple[Any, ...], rest: tuple[Any, ...]) -> bool:
+    """After an error, before which nothing is written: whether rows had to be copied so that their elements lie side
+    by side, and the op ran. What Inductor computes itself may reach an op in another layout than traced."""
+    apart = [index for index in rows if values[index].stride(-1) != 1]
+    packed = {index: values[index].contiguous() for index in apart}
+    if apart:
+        given = [packed.get(index, value) for index, value in enumerate(values[: op.before_cache])]
+        kernel.overload(op)(*given, *rest)
+    for index in apart:
+        if Role.MUTATED in op.layer_arguments[index].roles:
+            values[index].copy_(packed[index])
+    return bool(apart)
 
 
 class _Places(NamedTuple):
@@ -79,11 +93,10 @@ class _Places(NamedTuple):
     q_pe: int | None
     kv_c: int
     dtype: int
-    scale: int
     after_cache: slice
     key_out: int
     normed_out: int | None
-    has_scales: bool
+    q_quant: int | None
 
 
 def _places(op: Op) -> _Places:
@@ -94,11 +107,10 @@ def _places(op: Op) -> _Places:
         q_pe=names.index("q_pe") if "q_pe" in names else None,
         kv_c=names.index("kv_c"),
         dtype=names.index("kv_cache_dtype"),
-        scale=scale,
-        after_cache=slice(scale + 1, sum(Role.FOR_OUTPUT not in each.roles for each in op.layer_arguments)),
+        after_cache=slice(scale, sum(Role.FOR_OUTPUT not in each.roles for each in op.layer_arguments)),
         key_out=outputs.index("k_pe_out"),
         normed_out=outputs.index("kv_c_normed_out") if "kv_c_normed_out" in outputs else None,
-        has_scales="q_scales_out" in outputs,
+        q_quant=names.index("q_quant") if "q_quant" in names else None,
     )
 
 
@@ -113,19 +125,9 @@ def _query_function(positions: Any, q_pe: Any, cos_sin_cache: Any, is_neox: bool
         q_pe.copy_(packed)
 
 
-def _without_empty(outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor | None, ...]:
-    """An op of a graph returns tensors only: one without elements of a row stands for the scales that there are not."""
-    return tuple([None if each.dim() == 1 else each for each in outputs])
-
-
-def _packed(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Contiguous: what Inductor computes itself may reach an op in another layout than traced."""
-    return tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in values)
-
-
-def _nowhere(kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(slots, cache) of a call that writes no cache."""
-    return torch.empty(0, dtype=torch.int64, device=kv_c.device), kv_c.new_empty(0)
+def _nowhere(kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """(slots, cache, its dtype) of a call that writes no cache."""
+    return torch.empty(0, dtype=torch.int64, device=kv_c.device), kv_c.new_empty(0), "auto"
 
 
 @functools.cache
@@ -137,14 +139,21 @@ def _library() -> torch.library.Library:
 def register() -> LayerOps:
     """Registers the ops with the layer-name type of the vLLM at hand."""
     writing = {"plain": PLAIN, "norm": NORM, "norms": NORMS}
-    ops = {name: _define(op, _function(op)) for name, op in writing.items()}
-    return LayerOps(**ops, rope_query=_define(ROPE_QUERY, _query_function))
+    ops = {name: _layer_op(op, _function(op)) for name, op in writing.items()}
+    in_place = _define(ROPE_QUERY.in_place_schema(), ROPE_QUERY.fake)
+    return LayerOps(**ops, rope_query=_layer_op(ROPE_QUERY, _query_function), rope_query_in_place=in_place)
 
 
-def _define(op: Op, function: Callable[..., Any]) -> Any:
-    # Any layout of the inputs will do; a copy to a wanted one would take the in-place query away.
-    _library().define(op.layer_schema(layers.layer_name_schema_type()), tags=(torch.Tag.flexible_layout,))
+def _layer_op(op: Op, function: Callable[..., Any]) -> Any:
+    found = _define(op.layer_schema(layers.layer_name_schema_type()), op.layer_fake)
     for dispatch_key in ("CPU", "CUDA"):
         _library().impl(op.layer_name, function, dispatch_key)
-    _library()._register_fake(op.layer_name, op.layer_fake)
-    return getattr(getattr(torch.ops, kernel.NAMESPACE), op.layer_name).default
+    return found
+
+
+def _define(schema: str, fake: Callable[..., Any]) -> Any:
+    # Any layout of the inputs will do; a copy to a wanted one would take the in-place query away.
+    _library().define(schema, tags=(torch.Tag.flexible_layout,))
+    name = schema.partition("(")[0]
+    _library()._register_fake(name, fake)
+    return getattr(getattr(torch.ops, kernel.NAMESPACE), name).default

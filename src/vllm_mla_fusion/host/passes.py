@@ -47,6 +47,7 @@ def fusion_ops() -> FusionOps:
         norm_beside_others=norm is activation.Norm.ALWAYS,
         norms=None if norm is activation.Norm.NEVER else ops.norms,
         rope_query=ops.rope_query,
+        rope_query_in_place=ops.rope_query_in_place,
         quantisers=_quantisers(),
         scale_layouts=layouts,
         takes_norms=everywhere if norm is activation.Norm.ALWAYS else _wins,

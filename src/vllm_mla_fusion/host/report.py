@@ -142,9 +142,9 @@ def _log(vllm_config: Any, mla: dict[str, Any], judgement: _Judgement) -> None:
 def _log_fused(fused: list[Any], count: int, pipeline_stages: int, copying: int) -> None:
     library = kernel.library()
     backend = f"{' '.join([library.target.backend, *library.target.archs])}, {library.origin}"
-    ran = [layer_state.of(layer).ops for layer in fused]
-    with_both = sum(ops == {NORMS, ROPE_QUERY} for ops in ran)
-    with_latents = sum(ops <= {NORM, NORMS, ROPE_QUERY} for ops in ran) - with_both
+    ran, around_q_b = [layer_state.of(layer).ops for layer in fused], {NORMS, ROPE_QUERY}
+    with_both = sum(ops <= around_q_b for ops in ran)
+    with_latents = sum(ops <= around_q_b | {NORM} for ops in ran) - with_both
     norm = f", {with_both} with both norms" if with_both else ""
     norm += f", {with_latents} with the latent's RMSNorm" if with_latents else ""
     copies = f", {copying} on a copy of the query, which cannot be rotated where it lies" if copying else ""
