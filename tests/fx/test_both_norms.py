@@ -19,7 +19,7 @@ from test_fusion import Pass, Stack, assert_close, compiled, run
 
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.activation import NORM_VARIABLE
-from vllm_mla_fusion.fx.ops import FusionOps, Quantiser
+from vllm_mla_fusion.fx.ops import FusionOps, Quantiser, arguments
 from vllm_mla_fusion.host import passes
 
 # Each test compiles a graph: minutes together.
@@ -244,7 +244,7 @@ def test_both_norms_join(form: str, ops: FusionOps) -> None:
     result = the_pass.results[0]
     assert (result.fused, result.with_norm, result.with_both_norms, the_pass.in_place[0]) == (1, 1, 1, 1)
     (before,) = [node for node in the_pass.after[0] if node.target is ops.norms]
-    assert before.kwargs["q_quant"] == quant
+    assert arguments(before)["q_quant"] == quant
     assert [the_pass.count(op) for op in (ops.norms, ops.rope_query_in_place, ops.fused, ops.fused_norm)] == [
         1,
         1,
@@ -277,7 +277,7 @@ def test_vectors_of_the_query_are_read_where_they_lie(ops: FusionOps) -> None:
     the_pass = Pass(ops)
     check(Quantised(FORMS["block_columns"][0]), the_pass, (7,))
     (before,) = [node for node in the_pass.after[0] if node.target is ops.norms]
-    q_c = before.kwargs["q_c"].meta["val"]
+    q_c = arguments(before)["q_c"].meta["val"]
     assert (q_c.stride(0), q_c.storage_offset()) == (RANK + LORA + ROT, 0)
 
 

@@ -119,8 +119,9 @@ def copies(code: list[str], num_layers: int = NUM_LAYERS) -> Iterator[str]:
             for op, (names, key) in READ_WHERE_THEY_LIE.items():
                 if f"{op}.default(" in call:
                     num_calls += key is not None
-                    yield from _copies_for(names, call, lines[:number], outputs)
-                    yield from _copies_of_key(call, key, lines[number + 1 :]) if key is not None else ()
+                    given = _arguments_of(op, call)
+                    yield from _copies_for(names, given, lines[:number], outputs)
+                    yield from _copies_of_key(call, given, key, lines[number + 1 :]) if key is not None else ()
     if num_calls != num_layers:
         yield f"{num_calls} fused calls in the generated code, expected {num_layers}"
 
@@ -131,16 +132,36 @@ def _outputs_of_kernels(code: str) -> dict[str, list[bool]]:
     return {name: ["out_ptr" in argument for argument in arguments.split(", ")] for name, arguments in kernels}
 
 
-def _copies_for(names: tuple[str, ...], call: str, before: list[str], outputs: dict[str, list[bool]]) -> Iterator[str]:
+def _arguments_of(op: str, call: str) -> dict[str, str]:
+    """What the op is called with in a line of Inductor's code, by name."""
+    namespace, name = op.split(".")
+    names = [each.name for each in getattr(getattr(torch.ops, namespace), name).default._schema.arguments]
+    given = [""]
+    depth = 0
+    for letter in call.partition(f"{op}.default(")[2]:
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            break
+        if letter == "," and depth == 0:
+            given.append("")
+        else:
+            given[-1] += letter
+    by_name = (re.match(r"(?:(\w+)=)?(.*)", text.strip()) for text in given)
+    return {found[1] or name: found[2] for name, found in zip(names, by_name, strict=False) if found}
+
+
+def _copies_for(
+    names: tuple[str, ...], given: dict[str, str], before: list[str], outputs: dict[str, list[bool]]
+) -> Iterator[str]:
     for name in names:
-        found = _buffer_of(name, call)
+        found = _buffer_of(given.get(name, ""))
         if found is None or _writer(found, before, outputs) is not None:
-            yield f"{name} is not a view of a projection's output: {call.strip()}"
+            yield f"{name} is not a view of a projection's output: {given}"
 
 
-def _copies_of_key(call: str, number: int, after: list[str]) -> Iterator[str]:
+def _copies_of_key(call: str, given: dict[str, str], number: int, after: list[str]) -> Iterator[str]:
     """Triton kernels that take what the fused call read the key from or wrote it to; attention is none of them."""
-    key = {_buffer_of("k_pe", call)}
+    key = {_buffer_of(given.get("k_pe", ""))}
     if result := re.match(r"\s*(\w+) = ", call):
         key.add(result[1])
     for line in after:
@@ -151,8 +172,8 @@ def _copies_of_key(call: str, number: int, after: list[str]) -> Iterator[str]:
             yield f"{KEY_IS_COPIED}: {line.strip()}"
 
 
-def _buffer_of(name: str, call: str) -> str | None:
-    found = re.search(rf"{name}=(?:reinterpret_tensor\()?(\w+)[,)]", call)
+def _buffer_of(value: str) -> str | None:
+    found = re.match(r"(?:reinterpret_tensor\()?(\w+)(?:,|$)", value)
     return found and found[1]
 
 

@@ -3,10 +3,13 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from vllm_mla_fusion.fx.ops import arguments
 
 from . import replay
 from .stock_model import NUM_LAYERS
@@ -75,10 +78,11 @@ def fused_problems(variant: Variant, graphs: list[fx.Graph]) -> Iterator[str]:
     for call in calls:
         if call.target is auto_functionalized:
             yield f"{call.name} is not in place"
-        if call.kwargs["is_neox"] is not variant.is_neox:
-            yield f"{call.name} has is_neox={call.kwargs['is_neox']}"
-        if call.kwargs["kv_cache_dtype"] != variant.cache_dtype:
-            yield f"{call.name} has kv_cache_dtype={call.kwargs['kv_cache_dtype']}"
+        given = given_to(call)
+        if given["is_neox"] is not variant.is_neox:
+            yield f"{call.name} has is_neox={given['is_neox']}"
+        if given["kv_cache_dtype"] != variant.cache_dtype:
+            yield f"{call.name} has kv_cache_dtype={given['kv_cache_dtype']}"
 
 
 def expected_op(variant: Variant) -> str:
@@ -91,6 +95,11 @@ def expected_op(variant: Variant) -> str:
 def writers(graphs: list[fx.Graph]) -> list[fx.Node]:
     """The calls that took the place of cache updates."""
     return [node for graph in graphs for node in graph.nodes if op_name(node) in WRITERS]
+
+
+def given_to(call: fx.Node) -> dict[str, Any]:
+    """A writer's arguments, also through auto_functionalized."""
+    return dict(call.kwargs) if call.target is auto_functionalized else arguments(call)
 
 
 def around_q_b_problems(graphs: list[fx.Graph]) -> Iterator[str]:

@@ -71,6 +71,6 @@ def _fused(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:
     for call in calls:
         if call.target is auto_functionalized:
             yield f"{call.name} is not in place"
-    dtypes = {call.kwargs["kv_cache_dtype"] for call in calls}
+    dtypes = {graphs.given_to(call)["kv_cache_dtype"] for call in calls}
     if not dtypes <= {layer.kv_cache_dtype for layer in layers.mla_layers(config).values()}:
         yield f"the calls have kv_cache_dtype {dtypes}"

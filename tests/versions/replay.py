@@ -11,6 +11,8 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
+from vllm_mla_fusion import kernel
+
 from . import uninterpreted
 from .stock_model import HF_CONFIG
 from .tracing import NUM_TOKENS
@@ -61,7 +63,11 @@ class _Replay(fx.Interpreter):
         if target is auto_functionalized:
             return self._functional(args[0], kwargs)
         if _is_op(target):
-            stand_in = getattr(self, f"_{target._schema.name.split('::')[1]}", None)
+            namespace, name = target._schema.name.split("::")
+            stand_in = getattr(self, f"_{name}", None)
+            if stand_in and namespace == kernel.NAMESPACE:
+                names = (argument.name for argument in target._schema.arguments)
+                args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
             return stand_in(*args, **kwargs) if stand_in else uninterpreted.call(target, args, kwargs, self.node)
         if target in uninterpreted.OF_TORCH:
             return uninterpreted.call(target, args, kwargs, self.node)

@@ -11,7 +11,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from vllm_mla_fusion.fx.memory import is_certain_in_inductor, is_in_storage_of, memory, same_place, writes_to
-from vllm_mla_fusion.fx.ops import VIEWS, FusionOps, aten, mutated_result, result_of
+from vllm_mla_fusion.fx.ops import VIEWS, FusionOps, aten, in_order, mutated_result, result_of
 from vllm_mla_fusion.fx.reading import complete_metadata, fake
 from vllm_mla_fusion.fx.transaction import all_or_nothing, sort
 
@@ -128,7 +128,7 @@ def _make_mutating(graph: fx.Graph, fused: fx.Node, q_pe: fx.Node, replacements:
         target = ops.rope_query_in_place
         del given["layer_name"]
     with graph.inserting_before(fused):
-        call = graph.call_function(target, (), given)
+        call = graph.call_function(target, in_order(target, given))
     call.meta["val"] = values[0] if num_returns == 1 else values or None
     for index in range(num_returns):
         result = result_of(fused, index)

@@ -128,6 +128,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {name: given[name] for name in names if name in given}
 
 
+def in_order(target: Any, given: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments of a custom op by position: Inductor writes calls as it finds them, which reads names slowly."""
+    return tuple(given[argument.name] for argument in target._schema.arguments)
+
+
 def result_of(node: fx.Node, index: int) -> fx.Node | None:
     """The node that picks result number `index`."""
     return next((user for user in node.users if user.target is operator.getitem and user.args[1] == index), None)

@@ -12,7 +12,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from vllm_mla_fusion.fx.memory import is_in_storage_of, writes_to
 from vllm_mla_fusion.fx.norm import Norm
-from vllm_mla_fusion.fx.ops import FusionOps, arguments, aten
+from vllm_mla_fusion.fx.ops import FusionOps, arguments, aten, in_order
 from vllm_mla_fusion.fx.query_norm import QueryNorm
 from vllm_mla_fusion.fx.reading import fake, shape
 from vllm_mla_fusion.fx.rope import Site
@@ -49,7 +49,7 @@ def rewrite_around_q_b(update: fx.Node, site: Site, norm: Norm, query: QueryNorm
     querys |= {"q_static_scale": query.static_scale, "q_scales_layout": query.scales_layout}
     given = {**_rotation(site), **querys, "k_pe": site.k_pe, **_of_latent(norm), **_of_cache(update)}
     outputs = [_like(query.normed), scales, _new_key(site, k_rotated), _like(normed)]
-    q_c_out, q_scales_out, k_pe_out, kv_c_normed_out = _call(update, ops.norms, (), given, outputs)
+    q_c_out, q_scales_out, k_pe_out, kv_c_normed_out = _call(update, ops.norms, in_order(ops.norms, given), {}, outputs)
     given = {**_rotation(site), "q_pe": site.q_pe, "layer_name": arguments(update)["layer_name"]}
     _, q_pe_out = _call(update, auto_functionalized, (ops.rope_query,), given, [None, _like(site.q_pe)])
     assert site.q_rotated is not None
