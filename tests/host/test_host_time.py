@@ -78,8 +78,8 @@ class Gemms(Layer):
 
 
 class Stack(nn.Module):
-    """Layers in one graph, one after the other, or Inductor would make common kernels for them: what a call of the graph
-    costs is shared out to them."""
+    """Layers in one graph, to which what its call costs is shared out; one after the other, or Inductor would make
+    kernels for several of them."""
 
     def __init__(self, make: type[Layer], **kwargs: bool) -> None:
         super().__init__()
