@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules at random, compiled with the pass, compute what they compute eagerly.
 
-`MLA_FUSION_MODULES=5000 MLA_FUSION_MODULES_SEED=1 pytest tests/fx/test_modules.py` tries more of them, and others.
+`MLA_TEST_MODULES=5000 MLA_TEST_MODULES_SEED=1 pytest tests/fx/test_modules.py` tries more of them, and others.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from vllm_mla_fusion import kernel
 from vllm_mla_fusion.activation import NORM_VARIABLE
 from vllm_mla_fusion.host import passes
 
-COUNT = int(os.environ.get("MLA_FUSION_MODULES", "320"))
-SEED = int(os.environ.get("MLA_FUSION_MODULES_SEED", "0"))
+COUNT = int(os.environ.get("MLA_TEST_MODULES", "320"))
+SEED = int(os.environ.get("MLA_TEST_MODULES_SEED", "0"))
 BATCH = 40
 # Between bfloat16's roundings in another order; an unrotated or unread query is wrong by 1 and more.
 TOLERANCE = {"atol": 4e-2, "rtol": 2e-2}
