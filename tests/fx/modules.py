@@ -247,22 +247,39 @@ WRITERS: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor, torch.Tensor
 }
 
 
-def _shares_key(m: Module, rotate: Callable, h: torch.Tensor, kv_c, raw_k, k) -> list[torch.Tensor]:
+def _shares_key(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
     q, _ = _assign(rotate, heads(m.second(h)), raw_k)
     return [q, m.update(kv_c, k, f"{m.name}.second")]
 
 
-def _shares_raw_key(m: Module, rotate: Callable, h: torch.Tensor, kv_c, raw_k, k) -> list[torch.Tensor]:
+def _shares_raw_key(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
     q, k = _assign(rotate, heads(m.second(h)), raw_k)
     return [q, k, m.update(kv_c, k, f"{m.name}.second")]
 
 
-def _has_no_query(m: Module, rotate: Callable, h: torch.Tensor, kv_c, raw_k, k) -> list[torch.Tensor]:
+def _has_no_query(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
     return [m.update(kv_c * 2, k, f"{m.name}.second")]
 
 
-# A second layer on the first one's latent: (module, rotate, hidden, latent, key before, key after the rotation).
-SECONDS = {"key": _shares_key, "raw_key": _shares_raw_key, "key_alone": _has_no_query}
+def _shares_query(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q_pe, k = rotate(raw_q[..., -ROT:], raw_k)
+    return [q_pe, k, m.update(kv_c, k, f"{m.name}.second")]
+
+
+def _rotates_query_again(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q_pe, k = rotate(q[..., -ROT:], raw_k)
+    return [q_pe, k, m.update(kv_c, k, f"{m.name}.second")]
+
+
+# A second layer on the first one's latent: (module, rotate, hidden, latent, key before the rotation, key after it,
+# query before it, query after it).
+SECONDS = {
+    "key": _shares_key,
+    "raw_key": _shares_raw_key,
+    "key_alone": _has_no_query,
+    "query": _shares_query,
+    "query_again": _rotates_query_again,
+}
 
 
 def _float32(positions, q_pe, k_pe, cos_sin_cache, is_neox):
@@ -402,7 +419,7 @@ class Module(nn.Module):
         dummy = self.update(kv_c, k_pe, self.name)
         seen += [after(raw_q, kv_c, raw_k)] if after else []
         if recipe.second is not None:
-            seen += SECONDS[recipe.second](self, rotate, hidden, kv_c, kept_k, k_pe)
+            seen += SECONDS[recipe.second](self, rotate, hidden, kv_c, kept_k, k_pe, raw_q, q)
         if when == 2:
             write(q, kv_c, k_pe, kv)
             seen.append(kv)

@@ -136,7 +136,8 @@ def _match_native(update: fx.Node, k_rotated: fx.Node, key_cone: list[fx.Node], 
     queries: list[Site] = []
     of_the_key = {*key_cone, *closure([k_rotated], lambda node: node.users)}
     for q_rotated in downstream(rows):
-        if q_rotated in of_the_key or len(shape(q_rotated)) != 3:
+        # A query that nobody reads any more is another layer's, fused before.
+        if q_rotated in of_the_key or len(shape(q_rotated)) != 3 or not q_rotated.users:
             continue
         if any(found.q_rotated in ancestors(q_rotated) for found in queries):
             continue
