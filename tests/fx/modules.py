@@ -335,7 +335,7 @@ _CHOICES = {
     "is_neox": [False, True],
     "attends": [False, True],
 }
-# Drawn by generators of their own, after the others: most modules have none of them.
+# Drawn by a generator of their own: most modules have one of them at most.
 _RARE: dict[str, list[str]] = {
     "together": list(TOGETHER),
     "writer": list(WRITERS),
@@ -356,7 +356,7 @@ def recipes(seed: int, count: int) -> list[Recipe]:
         if recipe["query"] in _STRIDED and recipe["rope"] in _MUTATING:
             continue  # Inductor's own decomposition of the rotary op fails
         if (*recipe.values(),) not in found:
-            rare = {name: of_rare.choice([*[None] * len(choices), *choices]) for name, choices in _RARE.items()}
+            rare = {name: of_rare.choice([*[None] * 2 * len(choices), *choices]) for name, choices in _RARE.items()}
             if recipe["rope"] in _MUTATING and rare["second"] is not None:
                 rare["second"] = "key_alone"  # The others' rotary op stays, and Inductor's own decomposition fails.
             found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe, **rare)
