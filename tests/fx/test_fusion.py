@@ -24,7 +24,7 @@ from modules import Module, Recipe
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.fx import fusion, in_place, probe
 from vllm_mla_fusion.fx import norm as latents_norm
-from vllm_mla_fusion.fx.ops import FusionOps
+from vllm_mla_fusion.fx.ops import FusionOps, arguments
 from vllm_mla_fusion.host import passes
 
 # Each test compiles a graph: minutes together.
@@ -733,8 +733,8 @@ def test_conversions_to_float32_are_looked_through(wide: str, ops: FusionOps) ->
 
     the_pass = check_body(body, ops)
     assert the_pass.results == [fusion.FusionResult(fused=1)]
-    reads = [node.kwargs for node in the_pass.after[-1] if node.target is ops.fused]
-    assert {reads[0][name].meta["val"].dtype for name in ("q_pe", "k_pe", "cos_sin_cache")} == {torch.bfloat16}
+    (reads,) = (arguments(node) for node in the_pass.after[-1] if node.target is ops.fused)
+    assert {reads[name].meta["val"].dtype for name in ("q_pe", "k_pe", "cos_sin_cache")} == {torch.bfloat16}
 
 
 def _query_of_another_dtype(layer, positions, hidden, cos_sin_cache):
