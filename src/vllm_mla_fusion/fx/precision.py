@@ -43,7 +43,7 @@ def _with_views(narrow: fx.Node, views: Iterable[fx.Node], node: fx.Node) -> fx.
             last = node.graph.call_function(view.target, (result, *view.args[1:]), view.kwargs)
         try:
             last.meta["val"] = fake_result(last, mode)
-        except RuntimeError:
+        except Exception:
             # What was converted lies otherwise in memory than the wider copy.
             return node
         result = last
