@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -89,25 +90,48 @@ def tail(log: Path, lines: int = 25) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def run_logged(command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+def run_logged(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float | None = None) -> None:
     """Runs a child to its end, its output in `log`; says every half minute that it is still running.
 
+    Args:
+        timeout: seconds after which it is ended with all that it started: an engine of vLLM's that cannot start may
+            wait for its worker for ever.
+
     Raises:
-        ChildError: it failed; the message has the errors in the log.
+        ChildError: it failed, or was ended; the message has the errors in the log, or its last lines.
     """
     began = time.monotonic()
-    with log.open("w") as output, subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT) as child:
-        while True:
-            try:
-                code = child.wait(STILL_RUNNING_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                print(f"  ... {time.monotonic() - began:.0f} s", flush=True)
-            except BaseException:
-                child.terminate()
-                raise
+    with log.open("w") as output, subprocess.Popen(command, env=env, stdout=output, stderr=output) as child:
+        try:
+            code = _wait(child, began, timeout)
+        finally:
+            _end(child)
     if code != 0:
-        raise ChildError(f"exit code {code} of: {shlex.join(command)}\n{cause(log)}\nAll of its output: {log}")
+        how = f"exit code {code}" if code is not None else f"not done after {timeout:.0f} s, the limit of --timeout,"
+        raise ChildError(f"{how} of: {shlex.join(command)}\n{cause(log)}\nAll of its output: {log}")
+
+
+def _wait(child: subprocess.Popen[bytes], began: float, timeout: float | None) -> int | None:
+    """The exit code; None if there is none in time."""
+    end = math.inf if timeout is None else began + timeout
+    while True:
+        rest = end - time.monotonic()
+        try:
+            return child.wait(max(min(rest, STILL_RUNNING_SECONDS), 0))
+        except subprocess.TimeoutExpired:
+            if rest <= STILL_RUNNING_SECONDS:
+                return None
+            print(f"  ... {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Kills a child that still runs, with all that it started: vLLM's processes outlive each other."""
+    if child.poll() is None:
+        import psutil  # comes with vLLM
+
+        for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def counted(number: int, noun: str) -> str:
@@ -150,6 +174,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def add_out(parser: argparse.ArgumentParser) -> None:
     """Adds --out."""
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for results and logs (%(default)s)")
+
+
+def add_timeout(parser: argparse.ArgumentParser, seconds: int) -> None:
+    """Adds --timeout."""
+    parser.add_argument(
+        "--timeout", type=positive_int, default=seconds, help="seconds for each engine's start and run (%(default)s)"
+    )
 
 
 def facts_line(facts: Mapping[str, str]) -> str:

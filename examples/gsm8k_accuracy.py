@@ -25,6 +25,7 @@ from _common import (
     ChildError,
     accept_cpu_build,
     add_out,
+    add_timeout,
     environment,
     facts_line,
     fusion_line,
@@ -200,7 +201,7 @@ def run_modes(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         print(f"{label}: MLA_FUSION{f'={value}' if value else ' unset'}, log in {stem}.log ...", flush=True)
         command = [sys.executable, __file__, *sys.argv[1:], "--run-to", f"{stem}.json"]
         extra = OFFLINE if args.offline_data else {}
-        run_logged(command, environment(mode, extra), stem.with_suffix(".log"))
+        run_logged(command, environment(mode, extra), stem.with_suffix(".log"), args.timeout)
         runs[label] = json.loads(stem.with_suffix(".json").read_text())
         runs[label]["plugin"] = fusion_line(stem.with_suffix(".log"))
         print(f"{runs[label]['table']}\n{runs[label]['plugin']}\n", flush=True)
@@ -252,6 +253,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-fewshot", type=int, default=5, help="worked examples before each problem (%(default)s)")
     parser.add_argument("--model-args", type=json_object, default={}, help="JSON of vLLM engine arguments")
     parser.add_argument("--control", action="store_true", help="run off twice: how equal are two runs of stock vLLM?")
+    add_timeout(parser, 14400)
     add_out(parser)
     parser.add_argument("--run-to", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

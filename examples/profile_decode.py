@@ -25,6 +25,7 @@ from _common import (
     UPSTREAM_FUSION,
     ChildError,
     add_out,
+    add_timeout,
     environment,
     facts_line,
     fusion_line,
@@ -125,7 +126,7 @@ def record_modes(args: argparse.Namespace) -> None:
         print(f"{mode}: recording, log in {log} ...", flush=True)
         # The last --modes wins.
         command = [sys.executable, __file__, *sys.argv[1:], "--modes", mode, "--record-to", str(path)]
-        run_logged(command, environment(mode), log)
+        run_logged(command, environment(mode), log, args.timeout)
         described = {"mode": mode, "model": args.model, "measured_on": facts, "plugin": fusion_line(log)}
         path.write_text(json.dumps({**described, **json.loads(path.read_text())}))
 
@@ -246,6 +247,7 @@ def parse_args() -> argparse.Namespace:
         "--gemms-before-attention", type=positive_int, default=Patterns.gemms,
         help="GEMMs from qkv_a to attention, both it and the absorbed kv_b included (%(default)s)",
     )  # fmt: skip
+    add_timeout(parser, 1800)
     add_out(parser)
     parser.add_argument("--record-to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

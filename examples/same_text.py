@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import ChildError, add_out, counted, environment, fusion_line, positive_int, run_logged
+from _common import ChildError, add_out, add_timeout, counted, environment, fusion_line, positive_int, run_logged
 from offline_inference import PROMPTS
 
 MODES = {"off": "stock vLLM", "on": "MLA_FUSION=1"}
@@ -63,10 +63,13 @@ def run_modes(args: argparse.Namespace) -> dict[str, list[str]]:
     for mode, name in MODES.items():
         stem = args.out / f"same_text_{mode}"
         log = stem.with_suffix(".log")
-        print(f"{mode}: {name}; the engine starts, compiles and answers, its log is {log}", flush=True)
+        print(
+            f"{mode}: {name}; the engine starts, compiles and answers, in {args.timeout} s at most; log: {log}",
+            flush=True,
+        )
         began = time.monotonic()
         command = [sys.executable, __file__, *sys.argv[1:], "--run-to", f"{stem}.json"]
-        run_logged(command, environment(mode), log)
+        run_logged(command, environment(mode), log, args.timeout)
         texts[mode] = json.loads(stem.with_suffix(".json").read_text())
         print(f"{mode}: {time.monotonic() - began:.0f} s. {fusion_line(log)}", flush=True)
     return texts
@@ -105,6 +108,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts", type=positive_int, default=4, help="at most so many (%(default)s)")
     parser.add_argument("--max-tokens", type=positive_int, default=256, help="tokens per answer (%(default)s)")
     parser.add_argument("--max-model-len", type=positive_int, default=2048, help="longest sequence (%(default)s)")
+    add_timeout(parser, 1800)
     add_out(parser)
     parser.add_argument("--run-to", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()

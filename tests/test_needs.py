@@ -26,7 +26,8 @@ ONE_OF_EACH = {
 def needy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a machine that has none of what the tests of `ONE_OF_EACH` need."""
     empty = str(tmp_path_factory.mktemp("empty"))
-    nothing = {"CUDA_VISIBLE_DEVICES": "", "MLA_TEST_MODEL": empty, "MLA_FUSION_MATRIX_DIR": empty, "PATH": empty}
+    nothing = {"CUDA_VISIBLE_DEVICES": "", "PATH": empty}
+    nothing |= {"MLA_TEST_MODEL": empty, "MLA_TEST_MATRIX_DIR": empty}
     index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": empty, "PIP_CONFIG_FILE": os.devnull}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "MLA_TEST"))}
     return inherited | nothing | index
@@ -45,7 +46,7 @@ def test_reasons(needy: dict[str, str]) -> None:
         "no CUDA or ROCm GPU",
         f"no model in {needy['MLA_TEST_MODEL']}: put tiny-mla there, or name its folder in MLA_TEST_MODEL",
         "the compilers for AMD GPUs are missing: run .ci/install_hip_toolchain.sh as root",
-        f"the matrix's wheels are not all in {needy['MLA_FUSION_MATRIX_DIR']}, and pip finds no index: ",
+        f"the matrix's wheels are not all in {needy['MLA_TEST_MATRIX_DIR']}, and pip finds no index: ",
     ):
         assert len(re.findall(rf"^SKIPPED \[1\] .*{re.escape(reason)}", done.stdout, re.MULTILINE)) == 1, done.stdout
 

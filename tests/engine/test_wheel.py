@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The platform wheel on a GPU host that has no compilers. MLA_FUSION_DIST names the folder that .ci/release made."""
+"""The platform wheel on a GPU host that has no compilers. MLA_TEST_DIST names the folder that .ci/release made."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ pytest.importorskip("vllm")
 
 from engines import run as engine
 
-DIST = os.environ.get("MLA_FUSION_DIST", "")
+DIST = os.environ.get("MLA_TEST_DIST", "")
 COMPILERS = ("nvcc", "ninja", "ccache", "c++", "g++", "clang++")
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.gpu,
-    pytest.mark.skipif(not DIST, reason="MLA_FUSION_DIST does not name a folder with the platform wheel"),
+    pytest.mark.skipif(not DIST, reason="MLA_TEST_DIST does not name a folder with the platform wheel"),
 ]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small MLA-like modules at random, written in many people's styles: how the query is produced, laid out, rotated and
-put back, what the key and the latent are, and who else reads them. All compute what RoPE and a cache update compute."""
+put back, what the key and the latent are, who else reads or overwrites them, and which layers share them. All compute
+what RoPE and a cache update compute."""
 
 from __future__ import annotations
 
@@ -204,11 +205,90 @@ READERS: dict[str, tuple[Callable | None, Callable | None]] = {
 }
 
 
+# Query and latent with key from one projection.
+TOGETHER: dict[str, Callable[[Module, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "query_first": lambda m, h: _in_two(m.both(h)),
+    "latent_first": lambda m, h: tuple(reversed(m.both(h).split([LORA + ROT, QUERY], -1))),
+    "factor": lambda m, h: _in_two(m.both(h) * 1.25),
+    "custom": lambda m, h: _in_two(project(h, m.both.weight)),
+    "contiguous": lambda m, h: tuple(part.contiguous() for part in _in_two(m.both(h))),
+    "float32_and_back": lambda m, h: _in_two((m.both(h).float() * 1.5).to(h.dtype)),
+}
+
+
+def _in_two(both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return both.split([QUERY, LORA + ROT], -1)
+
+
+def _write_key_back(q: torch.Tensor, kv_c: torch.Tensor, k: torch.Tensor, kv: torch.Tensor) -> None:
+    kv[:, LORA:] = k.reshape(-1, ROT).clone()
+
+
+def _zero_nope(q: torch.Tensor, kv_c: torch.Tensor, k: torch.Tensor, kv: torch.Tensor) -> None:
+    q[..., : q.shape[-1] - ROT] = 0
+
+
+# What overwrites (query, latent, key, what latent and key are parts of), and when: before the rotation, between it and
+# the update, or after the update.
+WRITERS: dict[str, tuple[int, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object]]] = {
+    "query_before": (0, lambda q, kv_c, k, kv: q.mul_(0.5)),
+    "query_part_before": (0, lambda q, kv_c, k, kv: q[..., NOPE:].add_(1)),
+    "key_before": (0, lambda q, kv_c, k, kv: k.mul_(1.5)),
+    "latent_before": (0, lambda q, kv_c, k, kv: kv_c.mul_(1.5)),
+    "query_between": (1, lambda q, kv_c, k, kv: q.mul_(0.5)),
+    "query_part_between": (1, lambda q, kv_c, k, kv: q[..., -ROT:].add_(1)),
+    "nope_between": (1, _zero_nope),
+    "key_back_between": (1, _write_key_back),
+    "latent_between": (1, lambda q, kv_c, k, kv: kv_c.mul_(1.5)),
+    "query_after": (2, lambda q, kv_c, k, kv: q.mul_(0.5)),
+    "key_after": (2, lambda q, kv_c, k, kv: k.mul_(2)),
+    "latent_after": (2, lambda q, kv_c, k, kv: kv_c.mul_(2)),
+    "all_after": (2, lambda q, kv_c, k, kv: kv.zero_()),
+}
+
+
+def _shares_key(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q, _ = _assign(rotate, heads(m.second(h)), raw_k)
+    return [q, m.update(kv_c, k, f"{m.name}.second")]
+
+
+def _shares_raw_key(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q, k = _assign(rotate, heads(m.second(h)), raw_k)
+    return [q, k, m.update(kv_c, k, f"{m.name}.second")]
+
+
+def _has_no_query(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    return [m.update(kv_c * 2, k, f"{m.name}.second")]
+
+
+def _shares_query(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q_pe, k = rotate(raw_q[..., -ROT:], raw_k)
+    return [q_pe, k, m.update(kv_c, k, f"{m.name}.second")]
+
+
+def _rotates_query_again(m: Module, rotate: Callable, h, kv_c, raw_k, k, raw_q, q) -> list[torch.Tensor]:
+    q_pe, k = rotate(q[..., -ROT:], raw_k)
+    return [q_pe, k, m.update(kv_c, k, f"{m.name}.second")]
+
+
+# A second layer on the first one's latent: (module, rotate, hidden, latent, key before the rotation, key after it,
+# query before it, query after it).
+SECONDS = {
+    "key": _shares_key,
+    "raw_key": _shares_raw_key,
+    "key_alone": _has_no_query,
+    "query": _shares_query,
+    "query_again": _rotates_query_again,
+}
+
+
 def _float32(positions, q_pe, k_pe, cos_sin_cache, is_neox):
     q, k = mla_layer.ROPES["native"](positions, q_pe.float(), k_pe.float(), cos_sin_cache.float(), is_neox)
     return q.to(q_pe.dtype), k.to(k_pe.dtype)
 
 
+# What is converted to float32 for the rotation as a whole, beyond the parts that are rotated.
+WIDE = ["query", "key", "table", "all"]
 ROPES = {**mla_layer.ROPES, "float32": _float32}
 _MUTATING = ("custom_op", "flashinfer")
 _STRIDED = ("heads_last", "mm_transposed", "strided_features")
@@ -226,7 +306,7 @@ def _reference_rope(name: str) -> Callable:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One choice of each kind, by name."""
+    """One choice of each kind, by name; `together`: in the place of `source` and `query`."""
 
     source: str
     query: str
@@ -238,6 +318,10 @@ class Recipe:
     rope: str
     is_neox: bool
     attends: bool
+    together: str | None = None
+    writer: str | None = None
+    second: str | None = None
+    wide: str | None = None
 
 
 _CHOICES = {
@@ -251,12 +335,19 @@ _CHOICES = {
     "is_neox": [False, True],
     "attends": [False, True],
 }
-assert ["source", *_CHOICES] == [field.name for field in fields(Recipe)]
+# Drawn by a generator of their own: most modules have one of them at most.
+_RARE: dict[str, list[str]] = {
+    "together": list(TOGETHER),
+    "writer": list(WRITERS),
+    "second": list(SECONDS),
+    "wide": WIDE,
+}
+assert ["source", *_CHOICES, *_RARE] == [field.name for field in fields(Recipe)]
 
 
 def recipes(seed: int, count: int) -> list[Recipe]:
     """As many different ones. Half of the queries keep their layout, so that what produced them is what is rotated."""
-    generator, of_sources = random.Random(seed), random.Random(seed + 1)
+    generator, of_sources, of_rare = (random.Random(seed + index) for index in range(3))
     found: dict[tuple[Any, ...], Recipe] = {}
     while len(found) < count:
         recipe = {name: generator.choice(choices) for name, choices in _CHOICES.items()}
@@ -265,7 +356,10 @@ def recipes(seed: int, count: int) -> list[Recipe]:
         if recipe["query"] in _STRIDED and recipe["rope"] in _MUTATING:
             continue  # Inductor's own decomposition of the rotary op fails
         if (*recipe.values(),) not in found:
-            found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe)
+            rare = {name: of_rare.choice([*[None] * 2 * len(choices), *choices]) for name, choices in _RARE.items()}
+            if recipe["rope"] in _MUTATING and rare["second"] is not None:
+                rare["second"] = "key_alone"  # The others' rotary op stays, and Inductor's own decomposition fails.
+            found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe, **rare)
     return list(found.values())
 
 
@@ -284,25 +378,51 @@ class Module(nn.Module):
         self.q_norm = nn.Parameter(torch.rand(HIDDEN).to(BF16) + 0.5)
         self.bias = nn.Parameter(torch.randn(QUERY).to(BF16))
         self.norm = nn.Parameter(torch.rand(LORA).to(BF16) + 0.5)
+        self.both = nn.Linear(HIDDEN, QUERY + LORA + ROT, bias=False, dtype=BF16)
+        self.second = nn.Linear(HIDDEN, QUERY, bias=False, dtype=BF16)
         self.scale = nn.Buffer(torch.tensor(1.0))
+
+    def update(self, kv_c, k_pe, name):
+        return mla_layer.Projections.update(self, kv_c, k_pe, name)
 
     def forward(self, positions, hidden, cos_sin_cache, rope=None):
         recipe = self.recipe
         rope = rope or self.rope
-        kv = self.kv_a(hidden)
+        if recipe.together is not None:
+            q, kv = TOGETHER[recipe.together](self, hidden)
+            q = q.reshape(-1, HEADS, HEAD)
+        else:
+            kv = self.kv_a(hidden)
+            q = QUERIES[recipe.query](self, SOURCES[recipe.source](self, hidden))
         kv_c = LATENTS[recipe.latent](self, kv)
-        k_pe = KEYS[recipe.key](self, hidden, kv)
-        q = LAYOUTS[recipe.layout](QUERIES[recipe.query](self, SOURCES[recipe.source](self, hidden)))
+        k_pe = KEYS[recipe.key](self, hidden, kv.float() if recipe.wide in ("key", "all") else kv)
+        table = cos_sin_cache.float() if recipe.wide in ("table", "all") else cos_sin_cache
+        q = LAYOUTS[recipe.layout](q)
+        when, write = WRITERS[recipe.writer] if recipe.writer is not None else (None, None)
         before, after = READERS[recipe.reader]
         seen = [before(q, kv_c, k_pe)] if before else []
-        raw_q, raw_k = q, k_pe
+        if when == 0:
+            write(q, kv_c, k_pe, kv)
+        raw_q, raw_k, kept_k = q, k_pe, k_pe.clone() if recipe.second is not None else None
 
         def rotate(q_pe, k_pe):
-            return rope(positions, q_pe, k_pe, cos_sin_cache, recipe.is_neox)
+            if recipe.wide is None:
+                return rope(positions, q_pe, k_pe, table, recipe.is_neox)
+            q, k = rope(positions, q_pe.float(), k_pe.float(), table, recipe.is_neox)
+            return q.to(q_pe.dtype), k.to(BF16)
 
+        q = q.float() if recipe.wide in ("query", "all") else q
         q, k_pe = STYLES[recipe.style](rotate, q, k_pe)
-        dummy = mla_layer.Projections.update(self, kv_c, k_pe, self.name)
+        q = q.to(BF16)
+        if when == 1:
+            write(q, kv_c, k_pe, kv)
+        dummy = self.update(kv_c, k_pe, self.name)
         seen += [after(raw_q, kv_c, raw_k)] if after else []
+        if recipe.second is not None:
+            seen += SECONDS[recipe.second](self, rotate, hidden, kv_c, kept_k, k_pe, raw_q, q)
+        if when == 2:
+            write(q, kv_c, k_pe, kv)
+            seen.append(kv)
         if recipe.attends and q.shape[1:] == (HEADS, HEAD):
             return [mla_layer.Projections.attend(self, q, kv_c, k_pe, dummy, self.name), *seen]
         return [q, kv_c, k_pe, dummy, *seen]

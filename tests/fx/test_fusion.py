@@ -24,7 +24,7 @@ from modules import Module, Recipe
 from vllm_mla_fusion import kernel
 from vllm_mla_fusion.fx import fusion, in_place, probe
 from vllm_mla_fusion.fx import norm as latents_norm
-from vllm_mla_fusion.fx.ops import FusionOps
+from vllm_mla_fusion.fx.ops import FusionOps, arguments
 from vllm_mla_fusion.host import passes
 
 # Each test compiles a graph: minutes together.
@@ -714,6 +714,41 @@ def _query_in_float32(layer, positions, hidden, cos_sin_cache):
 def test_a_query_that_is_read_in_float32_is_left_alone(ops: FusionOps) -> None:
     reasons = ["the rotated query is read as torch.float32, the kernel writes torch.bfloat16"]
     assert check_body(_query_in_float32, ops).results[0].reasons == reasons
+
+
+@pytest.mark.parametrize("wide", ["query's part", "query", "query and what it is put into", "key's buffer", "table"])
+def test_conversions_to_float32_are_looked_through(wide: str, ops: FusionOps) -> None:
+    """0.1.0 refused them, with a reason that named another tensor."""
+
+    def body(layer, positions, hidden, cos_sin_cache):
+        q, kv_c, k_pe = layer.project(hidden)
+        q = q.float() if wide.startswith("query and") else q
+        whole = q.float() if wide == "query" else q
+        k_pe = layer.kv_a(hidden).float()[:, mla_layer.LORA :].unsqueeze(1) if wide.startswith("key") else k_pe
+        table = cos_sin_cache.double() if wide == "table" else cos_sin_cache
+        q_pe, k_pe = layer.rope(positions, whole[..., mla_layer.NOPE :].float(), k_pe.float(), table, False)
+        k_pe = k_pe.to(torch.bfloat16)
+        q = torch.cat([q[..., : mla_layer.NOPE], q_pe.to(q.dtype)], -1).to(torch.bfloat16)
+        return q, kv_c, k_pe, layer.update(kv_c, k_pe)
+
+    the_pass = check_body(body, ops)
+    assert the_pass.results == [fusion.FusionResult(fused=1)]
+    (reads,) = (arguments(node) for node in the_pass.after[-1] if node.target is ops.fused)
+    assert {reads[name].meta["val"].dtype for name in ("q_pe", "k_pe", "cos_sin_cache")} == {torch.bfloat16}
+
+
+def _query_of_another_dtype(layer, positions, hidden, cos_sin_cache):
+    q, kv_c, k_pe = layer.project(hidden)
+    q_pe = q.float()[..., mla_layer.NOPE :] * 1.5
+    q_pe, k_pe = layer.rope(positions, q_pe, k_pe, cos_sin_cache, False)
+    return q_pe, kv_c, k_pe, layer.update(kv_c, k_pe)
+
+
+def test_dtypes_that_differ_are_both_named(ops: FusionOps) -> None:
+    the_pass = check_body(_query_of_another_dtype, ops)
+    reason = "q_pe has dtype torch.float32 and k_pe torch.bfloat16, one dtype of both is needed"
+    assert the_pass.results[0].reasons == [reason]
+    assert the_pass.before[0] == [node.target for node in the_pass.after[0]], "nothing is left of what was tried"
 
 
 def _key_without_heads(layer, positions, hidden, cos_sin_cache):

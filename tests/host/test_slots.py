@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from vllm_mla_fusion.host import slots
+from vllm_mla_fusion.host import slots, support
 
 pytest.importorskip("vllm")
 
@@ -49,6 +49,12 @@ def test_release_that_does_not_fill(function: str, package: Path) -> None:
     assert source.count(fill) == 1
     (package / name).write_text(source.replace(fill, instead))
     assert f"({function} in vllm." in slots.missing_fill()
+
+
+def test_such_a_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert support.failed_probe() is None
+    monkeypatch.setattr(slots, "missing_fill", lambda: "fill of unused slots")
+    assert support.failed_probe() == "fill of unused slots"
 
 
 def test_same_words_in_another_function_do_not_count(package: Path) -> None:

@@ -76,6 +76,7 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path):
         ("c++: fatal error: Killed signal terminated program cc1plus", "MAX_JOBS=1"),
         ("sh: 1: cicc: not found", "install it whole"),
         ("c++: fatal error: cannot execute 'as': execvp: No such file or directory", "build-essential"),
+        ("collect2: fatal error: cannot find 'ld'", "build-essential"),
         ("/usr/bin/ld: cannot find crt1.o: No such file or directory", "build-essential"),
         ("fatal error: cstdint: No such file or directory", "build-essential"),
         ("fatal error: error writing to /tmp/x.s: No space left on device", "disk space"),
@@ -85,6 +86,15 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path):
 )
 def test_known_failures_have_their_remedy(output, remedy):
     assert remedy in explain.compile_error(output, Path("log")).remedy
+
+
+@pytest.mark.parametrize(("cxx", "is_blamed"), [(" ", False), ("ccache g++", True)])
+def test_cxx_is_blamed_only_where_it_is_set(cxx, is_blamed, monkeypatch):
+    """What breaks every compiler, such as GCC_EXEC_PREFIX, is no choice of CXX."""
+    monkeypatch.setenv("CXX", cxx)
+    said = "c++: fatal error: cannot execute 'cc1plus': execvp: No such file or directory"
+    remedy = explain.compile_error(said, Path("log"), "`c++` does not compile an empty file").remedy
+    assert ("set by CXX" in remedy, "build-essential" in remedy) == (is_blamed, not is_blamed)
 
 
 def test_ninjas_own_reason_is_shown():

@@ -92,6 +92,13 @@ def test_known_variables_are_all_that_the_package_reads():
     assert used - {"MLA_FUSION_GPU", "MLA_FUSION_PORTABLE"} == set(checks_vllm.KNOWN_VARIABLES)
 
 
+def test_variables_of_the_tests_are_none_that_the_doctor_does_not_know():
+    files = [path for path in Path(__file__).parents[1].rglob("*") if path.suffix in (".py", ".md")]
+    read = re.compile(r"""environ(?:\.get\(|\[)["'](MLA_FUSION\w*)["']|`(MLA_FUSION\w*)[=` ]""")
+    used = {name for path in files for names in read.findall(path.read_text()) for name in names if name}
+    assert used <= set(checks_vllm.KNOWN_VARIABLES)
+
+
 def test_activation(monkeypatch):
     monkeypatch.setenv("MLA_FUSION", "yes")
     assert "strict" in problems()["activation"]["detail"]

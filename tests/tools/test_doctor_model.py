@@ -148,6 +148,7 @@ def test_a_model_without_mla_needs_no_trial(tmp_path, monkeypatch):
         lambda text: {"text_config": text},
         lambda text: {"language_config": {"text_config": text}},
         lambda text: {"thinker_config": {"text_config": text}, "vision_config": {"kv_lora_rank": 7}},
+        lambda text: {"text_config": {"model_type": "encoder"}, "llm_config": {"language_config": text}},
     ],
 )
 def test_the_text_config_is_found_however_deep_it_is(around, tmp_path):
@@ -164,9 +165,18 @@ def test_a_config_file_with_a_byte_order_mark(tmp_path):
     assert model_config.read(str(path)).config == MLA
 
 
-@pytest.mark.parametrize("model", ["{folder}/model.gguf", "{folder}", "unsloth/DeepSeek-V3-GGUF"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("{folder}/model.gguf", "{folder}/Q4_K_M/part.GGUF", "{folder}", "{folder}/Q4_K_M", "{folder}/.."),
+        *("unsloth/DeepSeek-V3-GGUF", "org/name:Q4_K_M", "org/name:IQ2_XXS"),
+    ],
+)
 def test_gguf_is_called_by_its_name(model, tmp_path):
+    tmp_path = tmp_path / "models"
+    (tmp_path / "Q4_K_M").mkdir(parents=True)
     (tmp_path / "model.gguf").write_bytes(b"GGUF\x03\x00\xff")
+    (tmp_path / "Q4_K_M/part.GGUF").write_bytes(b"GGUF\x03\x00\xff")
     found = model_check(model.format(folder=tmp_path))
     assert found["status"] == "untried"
     assert "GGUF" in found["detail"]
@@ -194,12 +204,15 @@ def test_model_in_the_local_hub_cache(tmp_path, monkeypatch):
     assert model_config.read("org/name") == model_config.LanguageConfig(MLA, snapshot)
 
 
-@pytest.mark.parametrize("model", ["org/absent-model-of-nobody", "not a/valid/name", "/no/such/directory"])
+@pytest.mark.parametrize(
+    "model", ["org/absent-model-of-nobody", "not a/valid/name", "/no/such/directory", "~nosuch/model", "a" * 5000]
+)
 def test_model_that_is_not_here(model):
     with pytest.raises(ConfigNotFoundError):
         model_config.read(model)
 
 
-def test_broken_config(tmp_path):
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", '{"text_config":' * 20000 + "0" + "}" * 20000])
+def test_broken_config(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
     assert "config.json cannot be read" in problems("--model", str(tmp_path))["model"]["detail"]

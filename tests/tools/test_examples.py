@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +120,31 @@ def test_failed_child_shows_the_end_of_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; print('the cause'); sys.exit(3)"]
     with pytest.raises(_common.ChildError, match=r"exit code 3(.|\n)*the cause"):
         _common.run_logged(command, os.environ, tmp_path / "log")
+
+
+WAITS_FOR_EVER = """
+import subprocess, sys, time
+print("RuntimeError: the worker cannot start", flush=True)
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(worker.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_engine_that_waits_for_ever_is_ended_with_its_workers(tmp_path: Path, capsys) -> None:
+    log = tmp_path / "log"
+    began = time.monotonic()
+    with pytest.raises(_common.ChildError, match=r"not done after 3 s, the limit of --timeout(.|\n)*cannot start"):
+        _common.run_logged([sys.executable, "-c", WAITS_FOR_EVER], os.environ, log, timeout=3)
+    assert time.monotonic() - began < 30
+    worker = Path("/proc") / log.read_text().split()[-1] / "stat"
+    assert not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("script", ["same_text.py", "profile_decode.py", "gsm8k_accuracy.py"])
+def test_scripts_that_start_engines_have_a_limit(script: str) -> None:
+    told = run(sys.executable, EXAMPLES / script, "--help").stdout
+    assert re.search(r"--timeout TIMEOUT\s+seconds for each engine's start and\s+run", told)
 
 
 FAILED_ENGINE = """\

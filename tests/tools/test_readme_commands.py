@@ -38,7 +38,7 @@ def test_no_mark_is_lost_and_ci_s_own_commands_are_among_the_marked() -> None:
 
 
 # What a user's shell does not have; MLA_TEST_CXX stays, of which the g++ in PATH is told what it stands for.
-OF_TESTS = ("MLA_FUSION", "MLA_TEST_LEAVE", "MLA_TEST_MODEL", "MLA_TEST_WORKERS", "VLLM_", "PYTEST_")
+OF_TESTS = ("MLA_FUSION", "MLA_TEST_LEAVE", "MLA_TEST_M", "MLA_TEST_DIST", "MLA_TEST_WORKERS", "VLLM_", "PYTEST_")
 
 
 @pytest.mark.engine

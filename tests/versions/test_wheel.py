@@ -46,9 +46,9 @@ def tools(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """What .ci/release makes, or MLA_FUSION_DIST: a folder that it has made."""
-    if os.environ.get("MLA_FUSION_DIST"):
-        return Path(os.environ["MLA_FUSION_DIST"])
+    """What .ci/release makes, or MLA_TEST_DIST: a folder that it has made."""
+    if os.environ.get("MLA_TEST_DIST"):
+        return Path(os.environ["MLA_TEST_DIST"])
     checkout, dist = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     for part in PARTS:
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy

@@ -50,6 +50,7 @@ def fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
 
 def _fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
     result = FusionResult()
+    known = set(graph.nodes)
     for update in graph.find_nodes(op="call_function", target=ops.update):
         kv_c, k_rotated, *_ = arguments(update).values()
         try:
@@ -79,4 +80,8 @@ def _fuse(graph: fx.Graph, ops: FusionOps) -> FusionResult:
         sort(graph)
         graph.eliminate_dead_code()
         drop_self_scatters(graph)
+        return result
+    # Views that matching has put in, in vain.
+    for node in reversed([node for node in graph.nodes if node not in known]):
+        graph.erase_node(node)
     return result

@@ -41,7 +41,7 @@ def is_in_storage_of(first: Any, second: Any) -> bool:
     return storage(first) is not None and storage(first) == storage(second)
 
 
-def _viewed(node: fx.Node) -> fx.Node | None:
+def viewed(node: fx.Node) -> fx.Node | None:
     """What the node is a view of."""
     source = node.args[0] if node.target in VIEWS else None
     if not isinstance(source, fx.Node) or (node.target is operator.getitem and source.target not in SPLITS):
@@ -57,7 +57,7 @@ def memory(node: fx.Node) -> set[int]:
     while current is not None:
         own = storage(current)
         found |= {own} if own is not None else set()
-        current = _viewed(current)
+        current = viewed(current)
     return found
 
 
@@ -114,7 +114,7 @@ def is_certain_in_inductor(node: fx.Node) -> bool:
     """
     current = node
     while True:
-        source = _viewed(current)
+        source = viewed(current)
         if source is None:
             return _is_kernels_result(current)
         # A reshape that has to copy, or a view that a pass put in: nobody knows what Inductor makes of it.

@@ -49,6 +49,14 @@ ARITHMETIC = PRECISION_CHANGES | {
     aten.stack.default,
     aten.sub.Tensor,
 }
+# What neither computes nor rounds.
+MOVES = VIEWS | {
+    aten._unsafe_view.default,
+    aten.cat.default,
+    aten.clone.default,
+    aten.slice_scatter.default,
+    aten.stack.default,
+}
 # What a probe evaluates; everything else is one of its random inputs.
 EVALUABLE = VIEWS | ARITHMETIC
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

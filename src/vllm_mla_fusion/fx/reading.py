@@ -70,12 +70,18 @@ def complete_metadata(graph: fx.Graph) -> None:
             continue
         if any(source.meta.get("val") is None for source in node.all_input_nodes):
             continue
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         try:
-            with mode:
-                node.meta["val"] = node.target(*args, **kwargs)
+            node.meta["val"] = fake_result(node, mode)
         except Exception:
             continue
+
+
+def fake_result(node: fx.Node, mode: Any) -> Any:
+    """What the node computes from its arguments' values, in this fake mode."""
+    assert callable(node.target)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    with mode:
+        return node.target(*args, **kwargs)
 
 
 def gather(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

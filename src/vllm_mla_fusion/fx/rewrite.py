@@ -13,6 +13,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm_mla_fusion.fx.memory import is_in_storage_of, writes_to
 from vllm_mla_fusion.fx.norm import Norm
 from vllm_mla_fusion.fx.ops import FusionOps, arguments, aten, in_order
+from vllm_mla_fusion.fx.precision import as_read
 from vllm_mla_fusion.fx.query_norm import QueryNorm
 from vllm_mla_fusion.fx.reading import fake, shape
 from vllm_mla_fusion.fx.rope import Site
@@ -29,7 +30,7 @@ def rewrite(update: fx.Node, site: Site, norm: Norm | None, ops: FusionOps) -> N
     k_pe_out, *latent_out, q_pe_out = _call(update, auto_functionalized, (op,), given, outputs)
     _replace_key(update, k_rotated, k_pe_out)
     if site.q_rotated is not None:
-        site.q_rotated.replace_all_uses_with(q_pe_out)
+        site.q_rotated.replace_all_uses_with(as_read(q_pe_out, site.q_rotated))
     update.graph.erase_node(update)
     if norm is not None:
         normed.replace_all_uses_with(latent_out[0])
@@ -53,7 +54,7 @@ def rewrite_around_q_b(update: fx.Node, site: Site, norm: Norm, query: QueryNorm
     given = {**_rotation(site), "q_pe": site.q_pe, "layer_name": arguments(update)["layer_name"]}
     _, q_pe_out = _call(update, auto_functionalized, (ops.rope_query,), given, [None, _like(site.q_pe)])
     assert site.q_rotated is not None
-    site.q_rotated.replace_all_uses_with(q_pe_out)
+    site.q_rotated.replace_all_uses_with(as_read(q_pe_out, site.q_rotated))
     _replace_key(update, k_rotated, k_pe_out)
     graph.erase_node(update)
     normed.replace_all_uses_with(kv_c_normed_out)

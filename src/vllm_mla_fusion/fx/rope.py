@@ -8,7 +8,7 @@ version or a custom op gives to RoPE is recognised, and anything that computes s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -17,12 +17,11 @@ from vllm_mla_fusion.fx.memory import may_overlap
 from vllm_mla_fusion.fx.ops import (
     ACTIVATION_DTYPES,
     EVALUABLE,
-    PRECISION_CHANGES,
     FusionOps,
-    aten,
     result_of,
     rotary_op,
 )
+from vllm_mla_fusion.fx.precision import is_only_read_as, unwidened
 from vllm_mla_fusion.fx.probe import Probe
 from vllm_mla_fusion.fx.reading import (
     NoMatchError,
@@ -78,6 +77,7 @@ def match(update: fx.Node, kv_c: fx.Node, k_rotated: fx.Node, ops: FusionOps) ->
         )
     else:
         raise NoMatchError("the key that is cached does not come from one rotary embedding")
+    site = _with_narrow_table(site)
     _check_tensors(site, kv_c, k_rotated)
     inputs = [site.positions, site.cos_sin_cache, site.q_pe, site.k_pe, kv_c]
     if not {update, k_rotated, site.q_rotated}.isdisjoint(ancestors(*inputs)):
@@ -122,7 +122,7 @@ def _match_rotary_op(k_rotated: fx.Node, node: fx.Node, ops: FusionOps) -> Site:
     assert isinstance(cos_sin_cache, fx.Node)
     if not Probe(positions, cos_sin_cache, ops).is_rotation(k_rotated, key, bool(is_neox)):
         raise NoMatchError("the key that is cached is not the rotary op's key")
-    return Site(positions, cos_sin_cache, bool(is_neox), _unwidened(key), _unwidened(query), result_of(node, 1))
+    return Site(positions, cos_sin_cache, bool(is_neox), unwidened(key), unwidened(query), result_of(node, 1))
 
 
 def _match_native(update: fx.Node, k_rotated: fx.Node, key_cone: list[fx.Node], rows: fx.Node, ops: FusionOps) -> Site:
@@ -136,7 +136,8 @@ def _match_native(update: fx.Node, k_rotated: fx.Node, key_cone: list[fx.Node], 
     queries: list[Site] = []
     of_the_key = {*key_cone, *closure([k_rotated], lambda node: node.users)}
     for q_rotated in downstream(rows):
-        if q_rotated in of_the_key or len(shape(q_rotated)) != 3:
+        # A query that nobody reads any more is another layer's, fused before.
+        if q_rotated in of_the_key or len(shape(q_rotated)) != 3 or not q_rotated.users:
             continue
         if any(found.q_rotated in ancestors(q_rotated) for found in queries):
             continue
@@ -162,20 +163,14 @@ def _source(
             continue
         for pairing in (False, True) if is_neox is None else (is_neox,):
             if probe.is_rotation(rotated, candidate, pairing):
-                return _unwidened(candidate), pairing
+                return unwidened(candidate), pairing
     return None
 
 
-def _unwidened(node: fx.Node) -> fx.Node:
-    """What a RoPE that computes in a wider type has converted: the kernel computes in float32 whatever it reads."""
-    while node.target in PRECISION_CHANGES:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        narrow, wide = fake(source).dtype, fake(node).dtype
-        if narrow not in ACTIVATION_DTYPES or torch.promote_types(narrow, wide) != wide:
-            break
-        node = source
-    return node
+def _with_narrow_table(site: Site) -> Site:
+    """With the table as it was before it was converted for this step, if the kernel reads it so."""
+    table = unwidened(site.cos_sin_cache)
+    return replace(site, cos_sin_cache=table) if fake(table).dtype in (fake(site.q_pe).dtype, torch.float32) else site
 
 
 def _check_tensors(site: Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
@@ -183,6 +178,8 @@ def _check_tensors(site: Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
     dtype = fake(site.q_pe).dtype
     if dtype not in ACTIVATION_DTYPES:
         raise NoMatchError(f"activations of {dtype} are not supported")
+    if dtype != fake(site.k_pe).dtype:
+        raise NoMatchError(f"q_pe has dtype {dtype} and k_pe {fake(site.k_pe).dtype}, one dtype of both is needed")
     for name, node, dtypes in (
         ("q_pe", site.q_pe, (dtype,)),
         ("k_pe", site.k_pe, (dtype,)),
@@ -196,7 +193,7 @@ def _check_tensors(site: Site, kv_c: fx.Node, k_rotated: fx.Node) -> None:
             found = f"dtype {value.dtype} and last stride {value.stride(-1)}"
             raise NoMatchError(f"{name} has {found}, needs {needed} and 1")
     for name, rotated in (("query", site.q_rotated), ("key", k_rotated)):
-        if rotated is not None and fake(rotated).dtype != dtype and not _is_only_converted(rotated, dtype):
+        if rotated is not None and fake(rotated).dtype != dtype and not is_only_read_as(rotated, dtype):
             raise NoMatchError(f"the rotated {name} is read as {fake(rotated).dtype}, the kernel writes {dtype}")
     _check_shapes(site, k_rotated)
     _check_memory(site, kv_c)
@@ -221,11 +218,6 @@ def _check_memory(site: Site, kv_c: fx.Node) -> None:
     for name, node in (("k_pe", site.k_pe), ("kv_c_normed", kv_c)):
         if may_overlap(node, site.q_pe):
             raise NoMatchError(f"{name} shares memory with q_pe, which is rotated in place")
-
-
-def _is_only_converted(node: fx.Node, dtype: torch.dtype) -> bool:
-    conversions = {*PRECISION_CHANGES, aten.copy.default}
-    return all(user.target in conversions and fake(user).dtype == dtype for user in node.users)
 
 
 def _check_feeds_only(start: fx.Node | None, goal: fx.Node) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a failed build's output means: the compilers' own words, and what to do about the failures that are known."""
 
+import os
 import re
 from pathlib import Path
 
@@ -51,7 +52,8 @@ REMEDIES = (
         "The CUDA toolkit lacks a part of its compiler: install it whole and set CUDA_HOME to it.",
     ),
     (
-        r"cannot execute .?(as|cc1plus|ld|collect2)\b|(\bas|\bld): not found|cannot find (crt1|crti|Scrt1)|"
+        r"cannot execute .?(as|cc1plus|ld|collect2)\b|(\bas|\bld): not found|"
+        r"cannot find .?ld\b|cannot find (crt1|crti|Scrt1)|"
         r"cannot find -l(stdc\+\+|c|m|gcc)\b|fatal error: (cstd\w+|\w+\.h|string|vector|cmath): No such file",
         "The C++ compiler is not whole: install its assembler, linker and headers (Debian, Ubuntu: apt-get install "
         "build-essential).",
@@ -72,7 +74,7 @@ def compile_error(output: str, log: Path, fault: str | None = None) -> BuildErro
         fault: What is wrong with the compiler's command, if that was tried.
     """
     problem = f"The kernel does not compile. The compiler says:\n{_error_lines(output)}\n(all of it: {log})"
-    if fault:
+    if fault and os.environ.get("CXX", "").strip():
         return BuildError(problem, f"Mend the compiler's command, which is set by CXX: {fault}")
     told = output.partition(TRACEBACK)[0]
     known = (remedy for pattern, remedy in REMEDIES if re.search(pattern, told))

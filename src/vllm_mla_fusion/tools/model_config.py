@@ -2,6 +2,7 @@
 """Finds and reads the config of a language model on this machine, wherever it is in the model's config."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 # Hugging Face's and Mistral's.
 HUGGING_FACE, MISTRAL = "config.json", "params.json"
 TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
+
+# vLLM's name of one quantisation among a repository's GGUF files.
+GGUF_OF_A_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+:I?Q\d\w*", re.IGNORECASE)
 
 
 class ConfigNotFoundError(FileNotFoundError):
@@ -41,14 +45,21 @@ def find_config(model: str) -> Path:
         ConfigNotFoundError: There is neither a config.json nor a params.json of it on this machine.
         GgufError: It is a GGUF file, or a directory with nothing else.
     """
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
+    try:
+        path = Path(model).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:
+        # A name that is too long; the home of a user who is not there.
+        raise ConfigNotFoundError(f"{model[:100]} cannot be looked for: {error}.") from None
+    if path.suffix.lower() == ".gguf":
         raise GgufError(f"{model} is a GGUF file, of which the doctor reads nothing.")
-    if path.is_file():
+    if is_file:
         return path
     if path.is_dir():
         found = next((path / name for name in (HUGGING_FACE, MISTRAL) if (path / name).is_file()), None)
-        if found is None and any(path.glob("*.gguf")):
+        # One folder for each quantisation is usual.
+        files = (file for pattern in ("*", "*/*") for file in path.glob(pattern))
+        if found is None and any(file.suffix.lower() == ".gguf" for file in files):
             raise GgufError(f"{path} has GGUF files and no {HUGGING_FACE}: the doctor reads nothing of them.")
         if found is None:
             raise ConfigNotFoundError(f"{path} has no {HUGGING_FACE} and no {MISTRAL}.")
@@ -69,7 +80,7 @@ def _cached(model: str) -> Path:
     for local in cached:
         if isinstance(local, str):
             return Path(local)
-    if "gguf" in model.lower():
+    if "gguf" in model.lower() or GGUF_OF_A_REPOSITORY.fullmatch(model):
         raise GgufError(f"{model} is by its name a model of GGUF files, of which the doctor reads nothing.")
     raise ConfigNotFoundError(f"{model} is neither a directory here nor in the local Hugging Face cache.")
 
@@ -85,7 +96,7 @@ def read(model: str) -> LanguageConfig:
     try:
         # With or without the byte order mark that editors on Windows write.
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read: not a JSON object")
@@ -95,14 +106,17 @@ def read(model: str) -> LanguageConfig:
 
 
 def language_part(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of the language model: the first with MLA's rank on the way into the text configs, else the last."""
-    while not config.get("kv_lora_rank"):
-        inner = next((config[name] for name in TEXT_CONFIGS if isinstance(config.get(name), dict)), None)
-        if inner is None:
-            break
-        quantisation = {name: config[name] for name in ("quantization_config",) if config.get(name)}
-        config = {**quantisation, **inner}
-    return config
+    """The config of the language model: the first with MLA's rank of it and its text configs, however deep they are;
+    without one, the innermost."""
+    parts = _parts(config)
+    return next((part for part in parts if part.get("kv_lora_rank")), parts[-1])
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config and its text configs, each with the quantisation that holds for it."""
+    quantisation = {name: config[name] for name in ("quantization_config",) if config.get(name)}
+    inner = [{**quantisation, **config[name]} for name in TEXT_CONFIGS if isinstance(config.get(name), dict)]
+    return [config, *(part for each in inner for part in _parts(each))]
 
 
 def _from_mistral(config: dict[str, Any]) -> dict[str, Any]:
