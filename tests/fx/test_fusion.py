@@ -22,7 +22,7 @@ from mla_layer import Attention, Layer, forward_context, inputs
 from modules import Module, Recipe
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.fx import fusion, in_place, probe
+from vllm_mla_fusion.fx import fusion, in_place, probe, reading
 from vllm_mla_fusion.fx import norm as latents_norm
 from vllm_mla_fusion.fx.ops import FusionOps
 from vllm_mla_fusion.host import passes
@@ -621,6 +621,27 @@ def test_order_and_metadata_do_not_matter(seed: int, rope: str, ops: FusionOps) 
     assert_close(cache, expected_cache)
 
 
+class ByParts(Pass):
+    """Projections of tokens that were gathered from two ranks, as vLLM's async TP leaves them beside stale metadata."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            value = node.meta["val"]
+            node.meta["val"] = value.new_empty(value.shape[0] // 2 * 2, value.shape[1])
+        super().__call__(graph)
+
+
+@pytest.mark.parametrize("rope", list(mla_layer.ROPES))
+def test_tokens_of_several_ranks(rope: str, ops: FusionOps) -> None:
+    count = 2
+    the_pass = ByParts(ops)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    attention = {f"layers.{i}": Attention() for i in range(count)}
+    model = compiled(Stack(count, rope, False, q_lora=True), the_pass)
+    run(model, attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (count, [])
+
+
 @pytest.mark.parametrize("query", ["gemm", "biased", "custom", "into_empty"])
 @pytest.mark.parametrize("style", ["assign", "copy_into"])
 def test_a_kernels_result_is_rotated_where_it_lies(query: str, style: str, ops: FusionOps) -> None:
@@ -778,6 +799,7 @@ def test_a_fixed_large_number_of_tokens_is_named_as_the_reason(
     dynamic: bool, ops: FusionOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_tokens, query_size = 7, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)
+    monkeypatch.setattr(reading, "PROBE_TOKENS", num_tokens - 1)
     monkeypatch.setattr(probe, "_MAX_ELEMENTS", (num_tokens - 1) * query_size)
     the_pass = Pass(ops)
     model = compiled(Layer("layers.0", "native", False, piece=True), the_pass)

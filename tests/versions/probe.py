@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .configurations import Case, cases
+from .configurations import Case, cases, one_pass_cases
+from .extent import CI_RELEASES
 from .variants import IN_PLACE, IN_PLACE_NAME, SPARSE, Variant, all_variants
 
 # As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
@@ -41,6 +42,8 @@ def _checks(scratch: Path, graphs_folder: Path | None) -> dict[str, Callable[[],
     checks[str(SPARSE)] = partial(_sparse_problems, scratch)
     for case in cases():
         checks[str(case)] = partial(_case_problems, case, scratch, graphs_folder)
+    for name, case in one_pass_cases(CI_RELEASES[0]).items():
+        checks[name] = partial(_one_pass_problems, case, scratch)
     return checks
 
 
@@ -112,6 +115,12 @@ def _case_problems(case: Case, scratch: Path, graphs_folder: Path | None) -> Ite
     from . import judge
 
     return judge.problems_of_case(case, scratch / "whole", graphs_folder)
+
+
+def _one_pass_problems(case: Case, scratch: Path) -> Iterable[str]:
+    from . import one_pass
+
+    return one_pass.problems_of(case, scratch / "whole")
 
 
 def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:

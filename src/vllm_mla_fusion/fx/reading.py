@@ -14,8 +14,8 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from vllm_mla_fusion.fx.ops import EVALUABLE, FusionOps, aten, rotary_op
 
-# Stands for the number of tokens where it is a symbol.
-PROBE_TOKENS = 5
+# Stands for the number of tokens where it is a symbol; divisible, as with sequence parallelism each rank has a part.
+PROBE_TOKENS = 16 * 11
 
 
 class NoMatchError(Exception):
