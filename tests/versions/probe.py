@@ -27,11 +27,11 @@ def main() -> None:
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
     parser.add_argument("checks", nargs="+", help="names of what to check; the hooks come first in any case")
     arguments = parser.parse_args()
-    _report("hooks", _hook_problems)
+    report_check("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
         for name, problems_of in _checks(Path(scratch), arguments.graphs).items():
             if name in arguments.checks:
-                _report(name, problems_of)
+                report_check(name, problems_of)
 
 
 def _checks(scratch: Path, graphs_folder: Path | None) -> dict[str, Callable[[], Iterable[str]]]:
@@ -123,7 +123,7 @@ def _one_pass_problems(case: Case, scratch: Path) -> Iterable[str]:
     return one_pass.problems_of(case, scratch / "whole")
 
 
-def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
+def report_check(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
     problems = []
     start = time.process_time()
     try:
