@@ -22,7 +22,7 @@ from mla_layer import Attention, Layer, forward_context, inputs
 from modules import Module, Recipe
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.fx import fusion, in_place, probe, reading
+from vllm_mla_fusion.fx import fusion, in_place, probe
 from vllm_mla_fusion.fx import norm as latents_norm
 from vllm_mla_fusion.fx.ops import FusionOps
 from vllm_mla_fusion.host import passes
@@ -799,7 +799,6 @@ def test_a_fixed_large_number_of_tokens_is_named_as_the_reason(
     dynamic: bool, ops: FusionOps, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_tokens, query_size = 7, mla_layer.HEADS * (mla_layer.NOPE + mla_layer.ROT)
-    monkeypatch.setattr(reading, "PROBE_TOKENS", num_tokens - 1)
     monkeypatch.setattr(probe, "_MAX_ELEMENTS", (num_tokens - 1) * query_size)
     the_pass = Pass(ops)
     model = compiled(Layer("layers.0", "native", False, piece=True), the_pass)

@@ -63,5 +63,9 @@ def test_whole_models(release: str, arch: str, with_aiter: bool, tmp_path: Path)
     """Every layer of whole models is fused, in the forms of checkpoint that are served on AMD GPUs."""
     results = environment.run_release(release, arch, with_aiter, tmp_path, "tests.rocm.whole_models")
     assert len(results) == 5 + with_aiter
+    if (release, arch, with_aiter) == ("0.20.2", "gfx950", False):
+        # This release has no MXFP4 on gfx950 without AITER, and says so.
+        results, without_aiter = results[:3], results[3:]
+        assert all("aiter" in "".join(result["problems"]).lower() for result in without_aiter)
     problems = [f"{result['check']}: {problem}" for result in results for problem in result["problems"]]
     assert not problems, "\n".join(problems)

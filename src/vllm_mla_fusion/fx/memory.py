@@ -12,12 +12,10 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor import config as inductor_config
 
 from vllm_mla_fusion.fx.ops import SPLITS, VIEWS, aten, mutated_arguments
-from vllm_mla_fusion.fx.reading import NoMatchError, fake, probe_size, shape, symbolic
+from vllm_mla_fusion.fx.reading import PROBE_TOKENS, NoMatchError, fake, probe_size, shape, symbolic
 
 _MATMULS = {aten.addmm.default, aten.mm.default}
 _OTHER_KERNELS = {aten._int_mm.default, aten._scaled_mm.default}
-# As many are looked at where two nodes may overlap.
-_FIRST_ROWS = 5
 _ALLOCATIONS = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default}
 
 
@@ -79,7 +77,7 @@ def _elements(node: fx.Node) -> set[int]:
     value = fake(node)
     places = {probe_size(value.storage_offset())}
     for dim, (size, stride) in enumerate(zip(shape(node), value.stride(), strict=True)):
-        steps = range(min(size, _FIRST_ROWS) if dim == 0 else size)
+        steps = range(min(size, PROBE_TOKENS) if dim == 0 else size)
         places = {place + step * probe_size(stride) for place in places for step in steps}
     return places
 

@@ -11,11 +11,12 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch.utils._sympy.functions import FloorDiv
 
 from vllm_mla_fusion.fx.ops import EVALUABLE, FusionOps, aten, rotary_op
 
-# Stands for the number of tokens where it is a symbol; divisible, as with sequence parallelism each rank has a part.
-PROBE_TOKENS = 16 * 11
+# Stands for the number of tokens where it is a symbol.
+PROBE_TOKENS = 5
 
 
 class NoMatchError(Exception):
@@ -50,6 +51,11 @@ def probe_size(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    for part in expression.atoms(FloorDiv):
+        tokens, ranks = part.args
+        if tokens.is_Symbol:
+            # Gathered from all ranks they are all tokens: vLLM divides them only where nothing remains.
+            expression = expression.subs(ranks * part, tokens)
     return int(expression.subs(dict.fromkeys(expression.free_symbols, PROBE_TOKENS)))
 
 
