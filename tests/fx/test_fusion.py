@@ -621,6 +621,27 @@ def test_order_and_metadata_do_not_matter(seed: int, rope: str, ops: FusionOps) 
     assert_close(cache, expected_cache)
 
 
+class ByParts(Pass):
+    """Projections of tokens that were gathered from two ranks, as vLLM's async TP leaves them beside stale metadata."""
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            value = node.meta["val"]
+            node.meta["val"] = value.new_empty(value.shape[0] // 2 * 2, value.shape[1])
+        super().__call__(graph)
+
+
+@pytest.mark.parametrize("rope", list(mla_layer.ROPES))
+def test_tokens_of_several_ranks(rope: str, ops: FusionOps) -> None:
+    count = 2
+    the_pass = ByParts(ops)
+    positions, hidden, cos_sin_cache, slots = inputs()
+    attention = {f"layers.{i}": Attention() for i in range(count)}
+    model = compiled(Stack(count, rope, False, q_lora=True), the_pass)
+    run(model, attention, positions, hidden, cos_sin_cache, slots=slots)
+    assert (the_pass.results[0].fused, the_pass.results[0].reasons) == (count, [])
+
+
 @pytest.mark.parametrize("query", ["gemm", "biased", "custom", "into_empty"])
 @pytest.mark.parametrize("style", ["assign", "copy_into"])
 def test_a_kernels_result_is_rotated_where_it_lies(query: str, style: str, ops: FusionOps) -> None:

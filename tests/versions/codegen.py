@@ -84,6 +84,7 @@ def pretended_gpu() -> Iterator[None]:
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
+        "get_device_name": lambda device=None: gpu.name,
         "get_device_properties": lambda device=None: gpu,
         "get_device_capability": lambda device=None: (gpu.major, gpu.minor),
     }

@@ -56,7 +56,8 @@ PASSES = (
 PARTITION = Configuration("Inductor partition", {"use_inductor_graph_partition": True})
 CACHES = tuple(Configuration(f"cache {dtype}", arguments={"kv_cache_dtype": dtype}) for dtype in ("fp8", "fp8_e5m2"))
 
-SIZES = Configuration("compile_sizes", {"compile_sizes": [1, 8]})
+COMPILE_SIZES = (1, 6)  # no other dimension of a model
+SIZES = Configuration("compile_sizes", {"compile_sizes": list(COMPILE_SIZES)})
 INVARIANT = Configuration("batch invariant", environ={"VLLM_BATCH_INVARIANT": "1"})
 LORA = Configuration("LoRA", arguments={"enable_lora": True, "max_lora_rank": 16})
 TENSOR_PARALLEL = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
@@ -112,6 +113,16 @@ def cases_of(release: str, extent: Extent = Extent.ALL) -> list[Case]:
     found = dict.fromkeys(_forms() + _models()) if extent is Extent.TABLE else cases()
     known = model_classes.architectures(environments.vllm_of(release))
     return [case for case in found if case.model.architecture in known]
+
+
+def one_pass_cases(release: str, extent: Extent = Extent.ALL) -> dict[str, Case]:
+    """Whose graphs get the plugin's pass after each single one of the release, by the name of the check."""
+    if release not in CI_RELEASES or extent is Extent.TABLE:
+        return {}
+    found = (checkpoints.FP8_BLOCK, checkpoints.FP8_TENSOR)
+    if extent is Extent.QUICK:
+        found = (found[CI_RELEASES.index(release)],)
+    return {f"one pass at a time, {each}": Case(DEEPSEEK_V3, each, DEFAULT) for each in found}
 
 
 def _forms() -> list[Case]:

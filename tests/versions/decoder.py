@@ -6,7 +6,8 @@ import gc
 import inspect
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from vllm.model_executor.models import registry
 from vllm.transformers_utils import config as vllm_configs
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from . import weights
+from . import codegen, weights
 from .configurations import Case
 from .models import GEOMETRY, MAX_MODEL_LEN, TARGETS
 from .tracing import NUM_TOKENS
@@ -56,11 +57,32 @@ def pretended(case: Case) -> Iterator[None]:
         stack.enter_context(patch.multiple(torch.cuda, Stream=_NoStream, Event=_NoStream))
         # vLLM looks at each model class in a process of its own, which would have to import it all again.
         stack.enter_context(patch.object(registry, "_run_in_subprocess", lambda look: look()))
+        lazy = registry._LazyRegisteredModel
+        stack.enter_context(patch.object(lazy, "load_model_cls", _as_on_gpu(lazy.load_model_cls)))
         if hasattr(MoERunner, "_maybe_add_zero_expert_output"):
             # Stock vLLM cannot trace it: it asserts that the router has run. LongCat-Flash only.
             stack.enter_context(patch.object(MoERunner, "_maybe_add_zero_expert_output", lambda _, result: result))
         _forget()
         yield
+
+
+def _as_on_gpu(stock_load: Callable[[Any], type]) -> Callable[[Any], type]:
+    """What linear attention's module imports asks which GPU there is; without one, Dynamo does not know its kernels."""
+
+    def load_model_cls(registered: Any) -> type:
+        with codegen.pretended_gpu():
+            model_cls = stock_load(registered)
+        module = sys.modules[model_cls.__module__]
+        if hasattr(module, "fused_kda_gate"):  # Bailing V3
+            module.fused_kda_gate = _kda_gate
+        return model_cls
+
+    return load_model_cls
+
+
+def _kda_gate(g: torch.Tensor, A: torch.Tensor, head_k_dim: int, *, g_bias: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Of the shape that the Triton kernel gives, of all that it reads."""
+    return (g + g_bias).float().unflatten(-1, (-1, head_k_dim)) * A.view(-1, 1)
 
 
 def _forget() -> None:

@@ -52,11 +52,16 @@ def problems_of(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[s
     found = len(layers.mla_layers(config))
     if found != num_layers:
         yield f"the model has {found} MLA layers, expected {num_layers}"
-    yield from _fused(config, trace, num_layers)
+    yield from problems_of_graphs(config, trace, num_layers)
     yield from (f"the pass says: {reason}" for reason in report._left_alone)
+    yield from codegen.copies(trace.code, graphs.count(trace.before)[graphs.UPDATE])
+
+
+def problems_of_graphs(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:
+    """Cache updates that are not fused in place, and what the graphs compute otherwise than stock vLLM's."""
+    yield from _fused(config, trace, num_layers)
     for stock, after in zip(trace.stock, trace.after, strict=True):
         yield from replay.differences(stock, after)
-    yield from codegen.copies(trace.code, graphs.count(trace.before)[graphs.UPDATE])
 
 
 def _fused(config: VllmConfig, trace: Trace, num_layers: int) -> Iterator[str]:

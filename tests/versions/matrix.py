@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import environments, limits
 from .checkpoints import CHECKPOINTS
-from .configurations import cases, cases_of
+from .configurations import cases, cases_of, one_pass_cases
 from .extent import Extent
 from .models import DEEPSEEK_MTP, DEEPSEEK_V3
 from .variants import IN_PLACE_NAME, SPARSE, all_variants, variants_of
@@ -65,7 +65,7 @@ def checks_of(release: str, extent: Extent = Extent.ALL) -> list[str]:
     """What the probe of the release looks at, in this order."""
     sparse = [str(SPARSE)] if compiles_sparse_mla(release) else []
     bare = [HOOKS, *map(str, variants_of(release, extent)), IN_PLACE_NAME, *sparse]
-    return [*bare, *map(str, cases_of(release, extent))]
+    return [*bare, *map(str, cases_of(release, extent)), *one_pass_cases(release, extent)]
 
 
 def run(

@@ -103,6 +103,7 @@ BAILING = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,
 }
+BAILING_V3 = BAILING | {"no_kda_lora": True, "short_conv_kernel_size": 4}
 GLM_LITE = {"model_type": "glm4_moe_lite", "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256}
 LONGCAT = {
     "model_type": "longcat_flash",
@@ -142,8 +143,8 @@ MODELS = (
     Model("SarvamMLAForCausalLM", SARVAM),
     Model("BailingMoeV2_5ForCausalLM", BAILING, 1),
     Model("BailingMoeV25MTPModel", BAILING, 1, MTP),
-    Model("BailingMoeV3ForCausalLM", BAILING, 1),
-    Model("BailingMoeV3MTPModel", BAILING, 1, MTP),
+    Model("BailingMoeV3ForCausalLM", BAILING_V3, 1),
+    Model("BailingMoeV3MTPModel", BAILING_V3, 1, MTP),
     Model("EagleDeepSeekMTPModel", DEEPSEEK_V3.config, 1, EAGLE, DRAFT | {"model_type": "deepseek_v3"}),
     Model("Eagle3DeepseekV2ForCausalLM", DEEPSEEK_V3.config, 1, EAGLE_3, DRAFT),
     Model("EagleMistralLarge3ForCausalLM", DEEPSEEK_V3.config, 1, EAGLE, DRAFT),

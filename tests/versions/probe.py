@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .configurations import Case, cases
+from .configurations import Case, cases, one_pass_cases
+from .extent import CI_RELEASES
 from .variants import IN_PLACE, IN_PLACE_NAME, SPARSE, Variant, all_variants
 
 # As in a server, the plugin is loaded before vLLM's model code is imported; hence the imports inside the functions.
@@ -26,11 +27,11 @@ def main() -> None:
     parser.add_argument("--graphs", type=Path, help="folder for the graphs of each variant as text")
     parser.add_argument("checks", nargs="+", help="names of what to check; the hooks come first in any case")
     arguments = parser.parse_args()
-    _report("hooks", _hook_problems)
+    report_check("hooks", _hook_problems)
     with tempfile.TemporaryDirectory() as scratch:
         for name, problems_of in _checks(Path(scratch), arguments.graphs).items():
             if name in arguments.checks:
-                _report(name, problems_of)
+                report_check(name, problems_of)
 
 
 def _checks(scratch: Path, graphs_folder: Path | None) -> dict[str, Callable[[], Iterable[str]]]:
@@ -41,6 +42,8 @@ def _checks(scratch: Path, graphs_folder: Path | None) -> dict[str, Callable[[],
     checks[str(SPARSE)] = partial(_sparse_problems, scratch)
     for case in cases():
         checks[str(case)] = partial(_case_problems, case, scratch, graphs_folder)
+    for name, case in one_pass_cases(CI_RELEASES[0]).items():
+        checks[name] = partial(_one_pass_problems, case, scratch)
     return checks
 
 
@@ -114,7 +117,13 @@ def _case_problems(case: Case, scratch: Path, graphs_folder: Path | None) -> Ite
     return judge.problems_of_case(case, scratch / "whole", graphs_folder)
 
 
-def _report(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
+def _one_pass_problems(case: Case, scratch: Path) -> Iterable[str]:
+    from . import one_pass
+
+    return one_pass.problems_of(case, scratch / "whole")
+
+
+def report_check(name: str, find_problems: Callable[[], Iterable[str]]) -> None:
     problems = []
     start = time.process_time()
     try:

@@ -14,6 +14,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm_mla_fusion import kernel
 
 from . import uninterpreted
+from .configurations import COMPILE_SIZES
 from .stock_model import HF_CONFIG
 from .tracing import NUM_TOKENS
 
@@ -150,7 +151,7 @@ class _Replay(fx.Interpreter):
         layer_name: Any,
     ) -> torch.Tensor:
         q_pe.copy_(_rotated(q_pe, positions, cos_sin_cache, is_neox))
-        k_pe_out = _rotated(k_pe.view(NUM_TOKENS, 1, -1), positions, cos_sin_cache, is_neox)
+        k_pe_out = _rotated(k_pe.view(len(k_pe), 1, -1), positions, cos_sin_cache, is_neox)
         self._write(kv_c, k_pe_out, layer_name, kv_cache_dtype, kv_cache_scale)
         return k_pe_out
 
@@ -271,8 +272,8 @@ def _input(index: int, placeholder: fx.Node) -> Any:
     if not isinstance(value, torch.Tensor):
         return placeholder.name
     shape = [size if isinstance(size, int) else NUM_TOKENS for size in value.shape]
-    if not value.dtype.is_floating_point and shape == [NUM_TOKENS]:
-        return torch.arange(NUM_TOKENS) * 3 + 1
+    if not value.dtype.is_floating_point and shape in ([NUM_TOKENS], *([size] for size in COMPILE_SIZES)):
+        return torch.arange(*shape) * 3 + 1
     start, numel = index * 7919, torch.Size(shape).numel()
     scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0  # keeps products with weights near one
     return (POOL * scale).repeat((start + numel) // len(POOL) + 1)[start : start + numel].view(shape)

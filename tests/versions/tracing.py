@@ -49,27 +49,29 @@ class _OnCpu(TorchFunctionMode):
         return func(*args, **kwargs | ({"device": "cpu"} if "device" in kwargs else {}))
 
 
-class _Recorded(Exception):
+class Recorded(Exception):
     """Ends a compilation after code generation: what follows needs a GPU."""
 
 
-class _Recorder(CustomGraphPass):
+class Recorder(CustomGraphPass):
+    """Takes the place of vLLM's pass manager and runs it."""
+
     def __init__(self, pass_manager: Any, trace: Trace, after_passes: ExitStack) -> None:
         self.pass_manager = pass_manager
         self.trace = trace
         self.after_passes = after_passes
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        self.trace.before.append(_copy(graph))
-        stock = torch.fx.GraphModule(graph.owning_module or {}, _copy(graph))
-        self._without_fusion(stock.graph)
-        self.trace.stock.append(stock.graph)
+        self.trace.before.append(copy_of(graph))
+        stock = in_module(graph)
+        self.without_fusion(stock)
+        self.trace.stock.append(stock)
         self.pass_manager(graph)
-        self.trace.after.append(_copy(graph))
+        self.trace.after.append(copy_of(graph))
         # Not earlier: Dynamo and vLLM would use the GPU that they believe in.
         self.after_passes.enter_context(codegen.pretended_gpu())
 
-    def _without_fusion(self, graph: torch.fx.Graph) -> None:
+    def without_fusion(self, graph: torch.fx.Graph) -> None:
         rest = [each for each in self.pass_manager.passes if type(each).__name__ != RIVAL]
         with (
             patch.object(passes, "fuse", lambda graph: None),
@@ -86,10 +88,11 @@ def trace_compilation(
     config: VllmConfig,
     mode: FakeTensorMode,
     make_inputs: Callable[[VllmConfig, torch.nn.Module], dict[str, torch.Tensor]] | None = None,
+    recorder: type[Recorder] = Recorder,
 ) -> Trace:
     """Compile `model` as a worker does, on fake tensors, and stop before the generated code is compiled."""
     trace = Trace()
-    with _recording(trace), mode, set_forward_context(None, config), torch.no_grad(), torch.device("cuda"):
+    with _recording(trace, recorder), mode, set_forward_context(None, config), torch.no_grad(), torch.device("cuda"):
         inputs = (make_inputs or _hidden_states)(config, model)
         try:
             model(**inputs)
@@ -107,7 +110,7 @@ def _hidden_states(config: VllmConfig, model: torch.nn.Module) -> dict[str, torc
 
 
 @contextmanager
-def _recording(trace: Trace) -> Iterator[None]:
+def _recording(trace: Trace, recorder: type[Recorder]) -> Iterator[None]:
     after_passes = ExitStack()
     stock_configure = backends.VllmBackend.configure_post_pass
     stock_call = backends.VllmBackend.__call__
@@ -118,12 +121,12 @@ def _recording(trace: Trace) -> Iterator[None]:
     def configure_post_pass(backend: Any) -> None:
         stock_configure(backend)
         stock = backend.inductor_config[backend.pass_key]
-        backend.inductor_config[backend.pass_key] = _Recorder(stock, trace, after_passes)
+        backend.inductor_config[backend.pass_key] = recorder(stock, trace, after_passes)
 
     def generate(lowering: GraphLowering) -> None:
         wrapper, _ = stock_codegen(lowering)
         trace.code.append(wrapper.value)
-        raise _Recorded
+        raise Recorded
 
     def add_peephole_patterns(folder: Any) -> None:
         with _OnCpu():
@@ -142,7 +145,7 @@ def _recording(trace: Trace) -> Iterator[None]:
     def call(backend: Any, *args: Any, **kwargs: Any) -> None:
         stock_call(backend, *args, **kwargs)
         trace.complete = True
-        raise _Recorded
+        raise Recorded
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(backends.VllmBackend, "configure_post_pass", configure_post_pass))
@@ -169,12 +172,17 @@ def _stopping(stock_compile: Callable[..., Any], after_passes: ExitStack) -> Cal
 
 
 def _caused_by_recording(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, _Recorded):
+    while error is not None and not isinstance(error, Recorded):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def _copy(graph: torch.fx.Graph) -> torch.fx.Graph:
+def in_module(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy that a pass can work on."""
+    return torch.fx.GraphModule(graph.owning_module or {}, copy_of(graph)).graph
+
+
+def copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
     copy = torch.fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy

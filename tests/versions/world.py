@@ -19,13 +19,13 @@ def enter(config: VllmConfig) -> None:
     if torch.distributed.is_initialized():
         distributed.destroy_model_parallel()
         distributed.destroy_distributed_environment()
+    # Not only here: passes ask for it later.
+    parallel_state.in_the_same_node_as = _on_one_node
     with ExitStack() as stack:
         stack.enter_context(patch.object(torch.distributed, "new_group", _fake_group(torch.distributed.new_group)))
         stack.enter_context(
             patch.object(shm_broadcast.MessageQueue, "create_from_process_group", lambda *_, **__: None)
         )
-        if hasattr(parallel_state, "_node_count"):
-            stack.enter_context(patch.object(parallel_state, "_node_count", lambda _: 1))
         stack.enter_context(set_current_vllm_config(config))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
         distributed.init_distributed_environment(size, 0, "env://", 0, "fake")
@@ -33,6 +33,10 @@ def enter(config: VllmConfig) -> None:
             config.parallel_config.tensor_parallel_size,
             decode_context_model_parallel_size=config.parallel_config.decode_context_parallel_size,
         )
+
+
+def _on_one_node(group: Any, source_rank: int = 0) -> list[bool]:
+    return [True] * torch.distributed.get_world_size(group)
 
 
 def _fake_group(stock: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch.utils._sympy.functions import FloorDiv
 
 from vllm_mla_fusion.fx.ops import EVALUABLE, FusionOps, aten, rotary_op
 
@@ -50,6 +51,11 @@ def probe_size(size: int | torch.SymInt) -> int:
     if isinstance(size, int):
         return size
     expression = size.node.expr
+    for part in expression.atoms(FloorDiv):
+        tokens, ranks = part.args
+        if tokens.is_Symbol:
+            # Gathered from all ranks they are all tokens: vLLM divides them only where nothing remains.
+            expression = expression.subs(ranks * part, tokens)
     return int(expression.subs(dict.fromkeys(expression.free_symbols, PROBE_TOKENS)))
 
 

@@ -1,14 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands in for AMD's AITER: whatever vLLM imports from it is there and must not be called."""
+"""Stands in for AMD's AITER as FlashInfer's stand-in does: all is there; a function returns its first tensor."""
 
-from typing import Any
+import flashinfer
 
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(name)
-
-    def not_here(*args: object, **kwargs: object) -> None:
-        raise NotImplementedError(f"aiter.{name}")
-
-    return not_here
+flashinfer.stand_in_for(__name__)

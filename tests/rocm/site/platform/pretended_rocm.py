@@ -5,6 +5,8 @@ from vllm.platforms.rocm import RocmPlatform
 
 
 class PretendedRocmPlatform(RocmPlatform):
+    capability = (9, 0)  # of the GPU that Inductor's code is generated for
+
     @classmethod
     def get_device_name(cls, device_id: int = 0) -> str:
         return "AMD Instinct"
