@@ -135,11 +135,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Long tests first, engines and releases in turn, each for whichever worker is free; of the rest whole files."""
+    """Long tests first, engines and releases in turn, each for whichever worker is free, as slow ones are; of the rest
+    whole files."""
     groups: dict[str, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         kind = next((marker for marker in ("engine", "versions") if item.get_closest_marker(marker)), "other")
-        name = str(item.path) if kind == "other" or _shares_with_its_file(item) else item.nodeid
+        is_of_file = (kind == "other" and not item.get_closest_marker("slow")) or _shares_with_its_file(item)
+        name = str(item.path) if is_of_file else item.nodeid
         item.add_marker(pytest.mark.xdist_group(name))
         if hasattr(item, "_id"):
             # Where pytest 9.2 keeps a test's name; xdist 3.8 adds the group to an attribute that it no longer reads.
