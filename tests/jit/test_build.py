@@ -23,7 +23,7 @@ import pytest
 from tiny_build import CPU, FORK, SOURCE, answer, fake_compiler, leftovers, soon, tool_folder
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.jit import build, cache, compiling, manifest, toolchain
+from vllm_mla_fusion.jit import build, cache, compiling, host_compiler, manifest, toolchain
 from vllm_mla_fusion.jit.build import BuildError, Target
 
 REAL_CSRC = build.csrc_dir()
@@ -389,6 +389,7 @@ def test_a_compiler_that_hangs_is_ended(monkeypatch, tmp_path, root):
     script.write_text(script.read_text().replace("exec ", "sleep 600; exec "))
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(compiling, "COMPILE_TIMEOUT_SECONDS", 6.0)
+    monkeypatch.setattr(host_compiler, "TRIAL_SECONDS", 1.0)
     began = time.monotonic()
     with pytest.raises(BuildError, match="gave up after 6 s"):
         build.build(CPU)
@@ -401,6 +402,7 @@ def test_a_compiler_that_ignores_sigterm_is_killed(monkeypatch, tmp_path, root):
     script.write_text(script.read_text().replace("exec ", "trap '' TERM; sleep 600; exec "))
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setattr(compiling, "COMPILE_TIMEOUT_SECONDS", 6.0)
+    monkeypatch.setattr(host_compiler, "TRIAL_SECONDS", 1.0)
     monkeypatch.setattr(compiling, "GRACE_SECONDS", 1.0)
     began = time.monotonic()
     with pytest.raises(BuildError, match="gave up after 6 s"):
