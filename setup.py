@@ -18,6 +18,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PREBUILT = os.environ.get("MLA_FUSION_PREBUILT", "").strip()
+if PREBUILT == "0":
+    PREBUILT = ""
 NEEDED = ["torch>=2.11", "ninja>=1.11", "auditwheel>=6.2,<7"]
 
 
@@ -25,12 +27,13 @@ class BuildPyWithSources(build_py):
     """Copies csrc/ to vllm_mla_fusion/csrc in the build; an editable install reads the checkout's csrc/ instead."""
 
     def run(self) -> None:
-        super().run()
         if self.editable_mode:
+            super().run()
             return
         package = Path(self.build_lib) / "vllm_mla_fusion"
-        shutil.rmtree(package / "csrc", ignore_errors=True)
-        shutil.rmtree(package / "prebuilt", ignore_errors=True)
+        # What an earlier build left there would get into the wheel.
+        shutil.rmtree(package, ignore_errors=True)
+        super().run()
         shutil.copytree(ROOT / "csrc", package / "csrc", ignore=shutil.ignore_patterns("*.md"))
         if PREBUILT:
             sys.path.insert(0, str(ROOT / "src"))

@@ -202,9 +202,59 @@ def test_without_a_compiler_it_is_told_why_the_wheels_does_not_serve(folder, tmp
     change(folder, archs=["9.0"], ptx="9.0")
     monkeypatch.setattr(library, "detect_target", lambda: Target("cuda", ("8.0",)))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BuildError, match=r"No C\+\+ compiler found(?s:.*)is for 9\.0, a GPU here is 8\.0") as failure:
+    with pytest.raises(BuildError, match=r"No C\+\+ compiler found(?s:.*)is for 9\.0, wanted is 8\.0") as failure:
         library.load(lambda path: None, print, 0)
+    assert failure.value.remedy.startswith("Install a C++ compiler")
+
+
+def shorten(folder: Path) -> None:
+    os.truncate(folder / build.LIBRARY, 100)
+
+
+def empty_manifest(folder: Path) -> None:
+    change(folder, archs=None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "damage", "remedy"),
+    [
+        ({"MLA_FUSION_JIT": "1"}, None, "Unset MLA_FUSION_JIT: "),
+        ({"MLA_FUSION_ARCH": "7.5"}, None, "Unset MLA_FUSION_ARCH, or set it to what the wheel has"),
+        ({}, shorten, "Install the wheel again "),
+        ({}, empty_manifest, "Install the wheel again "),
+    ],
+)
+def test_the_remedy_is_for_the_cause(variable, damage, remedy, folder, tmp_path, monkeypatch):
+    for name, value in variable.items():
+        monkeypatch.setenv(name, value)
+    if damage:
+        damage(folder)
+    monkeypatch.setattr(library, "detect_target", lambda: Target("cuda", ("7.5",)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError) as failure:
+        library.load(lambda path: None, print, 0)
+    assert failure.value.remedy.startswith(remedy)
     assert "apt-get install g++" in failure.value.remedy
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        *({name: None} for name in ("torch", "cuda", "archs", "ptx")),
+        {"archs": [9]},
+        {"archs": "9.0"},
+        {"torch": "2.11"},
+        {"cuda": 13},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_somebody_edited_leads_to_a_build(facts, folder, monkeypatch):
+    change(folder, **facts)
+    path, why_not = prebuilt.find(HOPPER)
+    assert path is None
+    assert "damaged" in why_not or "it is for" in why_not, why_not
+    if "torch" in facts:
+        assert library.load(ctypes.CDLL, print, 0).origin == "JIT"
 
 
 # ---- what it needs --------------------------------------------------------------------------------------------------
@@ -294,6 +344,7 @@ def test_a_prebuilt_and_a_jit_library_of_the_same_sources_share_compiled_graphs(
         ("all", ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")),
         ("10.0,9.0", ("9.0", "10.0")),
         (" 9.0 ; 12.0 ", ("9.0", "12.0")),
+        ("ALL", prebuilt.ARCHS),
     ],
 )
 def test_archs_of_a_wheel(value, archs, monkeypatch):
@@ -301,12 +352,12 @@ def test_archs_of_a_wheel(value, archs, monkeypatch):
     assert prebuilt.wanted_archs(value) == archs
 
 
-@pytest.mark.parametrize("value", ["hopper", "9.0a", "gfx942", "cpu"])
+@pytest.mark.parametrize("value", ["hopper", "9.0a", "09.0", "none", "gfx942", "cpu"])
 def test_what_a_wheel_cannot_hold(value, monkeypatch):
     monkeypatch.setattr(targets, "torch_backend", lambda: "cuda")
     with pytest.raises(BuildError) as failure:
         prebuilt.wanted_archs(value)
-    assert failure.value.remedy
+    assert "9.0" in failure.value.remedy
 
 
 def test_a_portable_library_is_for_the_oldest_torch_and_has_ptx_of_the_newest_architecture():

@@ -287,6 +287,25 @@ def test_a_kernel_that_the_wheel_brings_needs_no_compiler(monkeypatch, tmp_path)
     assert "one is built instead: it was tested with torch 2.11 to 2.14, here is 9" in run("doctor").output
 
 
+def test_a_kernel_that_the_wheel_brings_needs_no_cache(monkeypatch, tmp_path):
+    build.cache_dir().mkdir()
+    build.cache_dir().chmod(0o777)
+    assert "cache" in problems()
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (tmp_path / "mla_fusion.so", ""))
+    assert "cache" not in problems()
+    assert "The wheel's kernel needs none." in run("doctor").output
+
+
+def test_what_the_wheel_brings_is_told_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(target, "lacks_gpu", lambda: True)
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (tmp_path / "mla_fusion.so", ""))
+    monkeypatch.setattr(prebuilt, "archs", lambda: ("9.0", "10.0"))
+    assert "the wheel brings 9.0, 10.0; built so far: nothing" in run("doctor").output
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path)
+    monkeypatch.setattr(prebuilt, "find", lambda wanted: (None, "it is damaged"))
+    assert "the wheel's own is passed over: it is damaged" in run("doctor").output
+
+
 def test_a_cache_from_which_nothing_loads(monkeypatch):
     monkeypatch.setattr(os, "ST_NOEXEC", os.statvfs("/").f_flag or 1)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_NOEXEC, f_bavail=9, f_frsize=2**30))

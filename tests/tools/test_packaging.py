@@ -36,12 +36,16 @@ def test_sdist_and_wheel_have_the_kernel_sources(tmp_path):
     sdist = python(BUILD.format("sdist", str(tmp_path)), tools, checkout)
     shutil.unpack_archive(tmp_path / sdist, tmp_path / "sdist")
     (unpacked,) = (tmp_path / "sdist").iterdir()
+    stale = unpacked / "build/lib/vllm_mla_fusion/of_an_earlier_build.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
     name = python(BUILD.format("wheel", str(tmp_path)), tools, unpacked)
     with zipfile.ZipFile(tmp_path / name) as archive:
         archive.extractall(wheel)
 
     found = Path(python("from vllm_mla_fusion.jit import compiling; print(compiling.csrc_dir())", wheel, tmp_path))
     assert found == wheel / "vllm_mla_fusion/csrc"
+    assert not (wheel / "vllm_mla_fusion" / stale.name).exists()
     stock = ROOT / "csrc"
     files = [path.relative_to(stock) for path in sorted(stock.rglob("*")) if path.is_file() and path.suffix != ".md"]
     assert {path: (found / path).read_bytes() for path in files} == {

@@ -48,14 +48,16 @@ def load(open_library: Callable[[Path], object], say: Callable[[str], None], fai
             return Library(path, target, "prebuilt")
         except OSError as error:
             why_not = f"it does not load: {error.__cause__ or error}"
-            say(f"the wheel's kernel is passed over, {why_not}")
+    if prebuilt.FOLDER.exists():
+        say(f"the wheel's kernel is passed over: {why_not}")
     try:
         built = build.build(target, say=say, failure_lasts=failure_lasts)
     except BuildError as error:
         if not prebuilt.FOLDER.exists():
             raise
         problem = f"{error.problem}\nThe wheel's own kernel is passed over: {why_not}."
-        raise BuildError(problem, error.remedy) from None
+        remedy = prebuilt.remedy()
+        raise BuildError(problem, f"{remedy} Or: {error.remedy}" if remedy else error.remedy) from None
     try:
         open_library(built)
     except OSError as error:

@@ -48,7 +48,29 @@ def _why_not(target: Target) -> str:
     manifest = read_manifest(FOLDER)
     if manifest.get("csrc") != csrc_digest():
         return "it was made of other kernel sources than those that are installed"
-    return _torch_misfit(manifest) or _gpu_misfit(manifest, target)
+    try:
+        return _torch_misfit(manifest) or _gpu_misfit(manifest, target)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{FOLDER / LIBRARY} is damaged: {MANIFEST} is not as it was made ({error!r})"
+
+
+def archs() -> tuple[str, ...]:
+    """The architectures that the wheel's library is for by its manifest; none without one."""
+    found = read_manifest(FOLDER).get("archs") if FOLDER.exists() else None
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def remedy() -> str:
+    """What to do so that the wheel's library serves, where that is in the user's hands; else empty."""
+    if not FOLDER.exists():
+        return ""
+    if forces_jit():
+        return f"Unset {FORCE_JIT}: then the wheel's kernel is taken where it fits."
+    if flaw_of(FOLDER, LIBRARY) or not archs() or read_manifest(FOLDER).get("csrc") != csrc_digest():
+        return "Install the wheel again (pip install --no-deps --force-reinstall and its file)."
+    if os.environ.get("MLA_FUSION_ARCH", "").strip():
+        return f"Unset MLA_FUSION_ARCH, or set it to what the wheel has and a GPU here needs ({', '.join(archs())})."
+    return ""
 
 
 def forces_jit() -> bool:
@@ -86,7 +108,7 @@ def _gpu_misfit(manifest: dict[str, Any], target: Target) -> str:
         # The driver compiles PTX, which it must not be older than.
         newer = release(arch) >= release(manifest["ptx"]) and driver is not None and driver >= toolkit
         if not newer and not any(runs_on(each, arch) for each in manifest["archs"]):
-            return f"it is for {', '.join(manifest['archs'])}, a GPU here is {arch}"
+            return f"it is for {', '.join(manifest['archs'])}, wanted is {arch}"
     return ""
 
 
@@ -96,9 +118,15 @@ def wanted_archs(value: str) -> tuple[str, ...]:
     Raises:
         BuildError: It names something else than NVIDIA's compute capabilities, or torch is not built for CUDA.
     """
-    if value.strip() == "all":
+    if value.strip().lower() == "all":
         value = ",".join(ARCHS)
-    target = parse_arch(value)
+    try:
+        target = parse_arch(value)
+    except BuildError as error:
+        raise BuildError(
+            f"MLA_FUSION_PREBUILT={value}: {error.problem}",
+            "Give compute capabilities such as 9.0,10.0, or all; unset it, or 0, for a wheel without a kernel.",
+        ) from None
     if target.backend != "cuda":
         raise BuildError(
             f"MLA_FUSION_PREBUILT={value} is for {target.backend}: a wheel holds code for NVIDIA GPUs only.",

@@ -67,7 +67,7 @@ def parse_arch(text: str) -> Target:
         raise BuildError(
             f"Architecture {text!r} has a suffix; the kernel uses nothing that needs it.", f"Give {plain}."
         )
-    forms: dict[Backend, str] = {"cuda": r"\d{1,2}\.\d", "rocm": r"gfx[0-9a-f]{3,4}"}
+    forms: dict[Backend, str] = {"cuda": r"[1-9]\d?\.\d", "rocm": r"gfx[0-9a-f]{3,4}"}
     if archs == ("cpu",):
         return Target("cpu")
     backend = next((b for b, form in forms.items() if archs and all(re.fullmatch(form, a) for a in archs)), None)

@@ -101,6 +101,22 @@ def _device_compiler(
 
 
 def kernel_cache() -> Iterator[Check]:
+    try:
+        yield from _kernel_cache()
+    except BuildError as error:
+        if not _comes_with_the_wheel():
+            raise
+        yield Check("cache", "note", f"{error.problem} The wheel's kernel needs none.", error.remedy)
+
+
+def _comes_with_the_wheel() -> bool:
+    try:
+        return prebuilt.find(target.detect_target())[0] is not None
+    except BuildError:
+        return False
+
+
+def _kernel_cache() -> Iterator[Check]:
     root = cache.cache_dir()
     existing = next(folder for folder in (root, *root.parents) if folder.exists())
     if existing == root:
@@ -122,6 +138,13 @@ def kernel() -> Iterator[Check]:
     wanted = target.detect_target()
     if target.lacks_gpu():
         built = ", ".join(str(each) for each in build.built_targets() if is_built(each)) or "nothing"
+        brought, why_not = prebuilt.find(target.Target("cpu"))
+        if brought:
+            detail = f"no GPU tells which architecture is needed; the wheel brings {', '.join(prebuilt.archs())}"
+            yield Check("kernel", "ok", f"{detail}; built so far: {built}")
+            return
+        if prebuilt.FOLDER.exists():
+            yield Check("kernel", "note", f"the wheel's own is passed over: {why_not}")
         detail = f"no GPU tells which architecture is needed; built so far: {built}"
         yield Check("kernel", "note", detail, f"For an image: {target.BUILD_AHEAD}")
         return

@@ -105,10 +105,12 @@ def _build_one(target: "Target") -> None:
     from vllm_mla_fusion.jit import build as builder
     from vllm_mla_fusion.jit import prebuilt, resources
 
-    ready, _ = prebuilt.find(target)
+    ready, why_not = prebuilt.find(target)
     if ready:
         click.echo(f"{target}: {ready} (prebuilt, nothing to build; {prebuilt.FORCE_JIT}=1 builds it here)")
         return
+    if prebuilt.FOLDER.exists():
+        click.echo(f"{target}: the wheel's kernel is passed over: {why_not}")
     began = time.monotonic()
 
     def step(done: int, total: int) -> None:
