@@ -59,15 +59,6 @@ def medians(calls: dict[str, Callable[[], object]], count: int) -> dict[str, flo
     return {name: statistics.median(each[name] for each in rounds) for name in calls}
 
 
-class Fusion(CustomGraphPass):
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        passes.fuse(graph)
-        passes.defunctionalise(graph)
-
-    def uuid(self) -> None:
-        return None
-
-
 class Gemms(Layer):
     """The layer without what is compared."""
 
@@ -117,7 +108,7 @@ def test_compiled_layers(q_lora: bool, bound: float, monkeypatch: pytest.MonkeyP
     *args, slots = (each.cuda() for each in inputs())
     assert args[1].shape[1] == HIDDEN
     attentions = {f"layers.{index}": attention() for index in range(LAYERS)}
-    forms = {"stock": (Layer, None), "ours": (Layer, Fusion()), "gemms": (Gemms, None)}
+    forms = {"stock": (Layer, None), "ours": (Layer, passes.InductorHook(None)), "gemms": (Gemms, None)}
     with forward_context(attentions, slots), torch.inference_mode():
         calls = {
             name: Stack(make, q_lora=q_lora, q_norm=q_lora).compiled(fusion, args)

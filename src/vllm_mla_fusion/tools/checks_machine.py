@@ -138,15 +138,16 @@ def kernel() -> Iterator[Check]:
     wanted = target.detect_target()
     if target.lacks_gpu():
         built = ", ".join(str(each) for each in build.built_targets() if is_built(each)) or "nothing"
+        unknown = "no GPU tells which architecture is needed"
         brought, why_not = prebuilt.find(target.Target("cpu"))
         if brought:
-            detail = f"no GPU tells which architecture is needed; the wheel brings {', '.join(prebuilt.archs())}"
-            yield Check("kernel", "ok", f"{detail}; built so far: {built}")
+            yield Check(
+                "kernel", "ok", f"{unknown}; the wheel brings {', '.join(prebuilt.archs())}; built so far: {built}"
+            )
             return
         if prebuilt.FOLDER.exists():
             yield Check("kernel", "note", f"the wheel's own is passed over: {why_not}")
-        detail = f"no GPU tells which architecture is needed; built so far: {built}"
-        yield Check("kernel", "note", detail, f"For an image: {target.BUILD_AHEAD}")
+        yield Check("kernel", "note", f"{unknown}; built so far: {built}", f"For an image: {target.BUILD_AHEAD}")
         return
     yield from _unserved_gpus(wanted)
     brought, why_not = prebuilt.find(wanted)
