@@ -8,9 +8,11 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "cache_arguments.h"
 #include "checks.h"
+#include "fresh_outputs.h"
 #include "mla_rope_cache.h"
 #include "query_norm_arguments.h"
 
@@ -181,6 +183,15 @@ void concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const 
   run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
 }
 
+Tensor concat_and_cache_mla_rope_fused_fresh(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
+                                             const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping,
+                                             Tensor kv_cache, std::string kv_cache_dtype, const Tensor kv_cache_scale) {
+  const Tensor key = fresh_key(k_pe);
+  concat_and_cache_mla_rope_fused(positions, q_pe, k_pe, kv_c, cos_sin_cache, is_neox, slot_mapping, kv_cache, kv_cache_dtype,
+                                  kv_cache_scale, key);
+  return key;
+}
+
 void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c,
                                           const Tensor kv_c_weight, double epsilon, const Tensor cos_sin_cache,
                                           bool is_neox, const Tensor slot_mapping, Tensor kv_cache,
@@ -191,6 +202,17 @@ void norm_concat_and_cache_mla_rope_fused(const Tensor positions, Tensor q_pe, c
   set_latent(p, kv_c, lead);
   set_latent_norm(p, kv_c_weight, epsilon, kv_c_normed_out, lead);
   run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
+}
+
+std::tuple<Tensor, Tensor> norm_concat_and_cache_mla_rope_fused_fresh(
+    const Tensor positions, Tensor q_pe, const Tensor k_pe, const Tensor kv_c, const Tensor kv_c_weight, double epsilon,
+    const Tensor cos_sin_cache, bool is_neox, const Tensor slot_mapping, Tensor kv_cache, std::string kv_cache_dtype,
+    const Tensor kv_cache_scale) {
+  const Tensor key = fresh_key(k_pe);
+  const Tensor latent = fresh_latent(kv_c);
+  norm_concat_and_cache_mla_rope_fused(positions, q_pe, k_pe, kv_c, kv_c_weight, epsilon, cos_sin_cache, is_neox, slot_mapping,
+                                       kv_cache, kv_cache_dtype, kv_cache_scale, key, latent);
+  return {key, latent};
 }
 
 void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon,
@@ -209,6 +231,23 @@ void norms_rope_concat_and_cache_mla(const Tensor positions, const Tensor q_c, c
   set_latent(p, kv_c, lead);
   set_latent_norm(p, kv_c_weight, epsilon, kv_c_normed_out, lead);
   run_with_key(p, k_pe, k_pe_out, {positions, cos_sin_cache, is_neox}, {slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale}, lead);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norms_rope_concat_and_cache_mla_fresh(
+    const Tensor positions, const Tensor q_c, const Tensor q_c_weight, double q_epsilon, const Tensor k_pe,
+    const Tensor kv_c, const Tensor kv_c_weight, double epsilon, const Tensor cos_sin_cache, bool is_neox,
+    const Tensor slot_mapping, Tensor kv_cache, std::string kv_cache_dtype, const Tensor kv_cache_scale,
+    std::string q_quant, bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,
+    std::string q_scales_layout) {
+  const Tensor query = fresh_query_latent(q_c, q_quant);
+  const Tensor scales = fresh_scales(q_c, q_quant, q_scales_layout);
+  const Tensor key = fresh_key(k_pe);
+  const Tensor latent = fresh_latent(kv_c);
+  norms_rope_concat_and_cache_mla(positions, q_c, q_c_weight, q_epsilon, k_pe, kv_c, kv_c_weight, epsilon, cos_sin_cache,
+                                  is_neox, slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale, q_quant, q_rounds_twice,
+                                  q_smallest, q_static_scale, query,
+                                  has_scales(query_quant_of(q_quant)) ? std::optional(scales) : std::nullopt, key, latent);
+  return {query, scales, key, latent};
 }
 
 void rope_query(const Tensor positions, Tensor q_pe, const Tensor cos_sin_cache, bool is_neox) {

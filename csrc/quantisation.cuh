@@ -40,6 +40,21 @@ struct Scale {
   }
 };
 
+// The same for values that are at most 448 times the scale, as those that have it from the largest of them are, and a
+// scale of 2^-90 or more: without powers of two, since nothing overflows. The remainder is negated, which keeps the sign
+// of zero. An infinite scale is left out of it: its values are zeros, or NaN where they are infinite.
+struct OwnScale {
+  float scale;
+  float reciprocal;
+
+  __device__ __forceinline__ explicit OwnScale(float scale) : scale(scale < INFINITY ? scale : 0.0f), reciprocal(1.0f / scale) {}
+
+  __device__ __forceinline__ float operator()(float x) const {
+    const float estimate = x * reciprocal;
+    return fmaf(-fmaf(estimate, scale, -x), reciprocal, estimate);
+  }
+};
+
 __device__ __forceinline__ Fp8 format_of(CacheKind kind) {
   if (kHasFnuz && kind == CacheKind::kFp8E4M3Fnuz) return Fp8::kE4M3Fnuz;
   if (kHasFnuz && kind == CacheKind::kFp8E5M2Fnuz) return Fp8::kE5M2Fnuz;

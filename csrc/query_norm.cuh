@@ -82,7 +82,7 @@ struct QueryNorm {
       const ActVector<Act> value = normalise<Act>(elements<Act>(mine().load(source(), i)),
                                                   elements<Act>(mine().load(weight(), i)), inverse_rms, p.rounds_twice);
       if (is_second_time) {
-        store_e4m3(i, value, Scale(scale));
+        store_e4m3(i, value, OwnScale(scale));
       } else {
         largest = fmaxf(largest, largest_of(value));
       }
@@ -106,7 +106,7 @@ struct QueryNorm {
       if (mine().is_mine(vector) && index % kQueryGroup == 0) {
         p.scales[token * p.scale_token_stride + index / kQueryGroup * p.scale_group_stride] = scale;
       }
-      store_e4m3(vector, value, Scale(scale));
+      store_e4m3(vector, value, OwnScale(scale));
     }
   }
 

@@ -29,6 +29,9 @@ inline QueryQuant query_quant_of(const std::string& quant) {
   fail("q_quant must be one of none, group, group_ue8m0, token, static, got '", quant, "'; pass that of the op that is replaced");
 }
 
+// Whether the query's latent gets scales of its own.
+inline bool has_scales(QueryQuant quant) { return quant == QueryQuant::kGroup || quant == QueryQuant::kToken; }
+
 inline const float* static_scale_of(const QueryNormArguments& norm, QueryQuant quant, const Lead& lead) {
   const bool is_needed = quant == QueryQuant::kStatic;
   if (norm.static_scale.has_value() != is_needed) {
@@ -44,7 +47,7 @@ inline const float* static_scale_of(const QueryNormArguments& norm, QueryQuant q
 
 // Of any strides: vLLM's GEMMs want them by rows, by columns, or by padded columns.
 inline void set_scales(QueryNormParams& q, const QueryNormArguments& norm, int64_t num_tokens, const Lead& lead) {
-  const bool is_needed = q.quant == QueryQuant::kGroup || q.quant == QueryQuant::kToken;
+  const bool is_needed = has_scales(q.quant);
   if (norm.scales_out.has_value() != is_needed) {
     fail("q_scales_out must be ", is_needed ? "a float32 tensor" : "None", " with q_quant '", norm.quant, "', got ",
          is_needed ? "None" : "a tensor", "; scales are written with 'group', 'group_ue8m0' and 'token' only");

@@ -33,7 +33,7 @@ class Role(enum.Enum):
     MUTATED = enum.auto()
     # Of the layer's cache in vLLM's forward context: no argument of a layer op.
     CONTEXT = enum.auto()
-    # Says how a layer op is to make an output, which the kernel's op is given.
+    # Says how an output is to be made: no argument of a call that is given its outputs.
     FOR_OUTPUT = enum.auto()
     # Fresh memory, every element of which is written: the result of a layer op.
     OUTPUT = enum.auto()
@@ -78,10 +78,11 @@ class Arguments(Protocol):
       `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`. Not read with `none`,
       `static`.
     - `q_static_scale`: one float32 on the device with `static`, else None.
-    - `q_scales_layout`, of the layer op only: how `q_scales_out` lies in memory, one of `SCALE_LAYOUTS`.
+    - `q_scales_layout`, where the op makes its outputs: how `q_scales_out` lies in memory, one of `SCALE_LAYOUTS`.
     - `q_c_out` `[num_tokens, q_lora_rank]`, contiguous, activation dtype or float8_e4m3fn. **Every row is written.**
     - `q_scales_out`: float32 `[num_tokens, q_lora_rank / 128]` with `group` and `group_ue8m0`, `[num_tokens, 1]` with
-      `token`, of any strides, **all written**, padding is not; else None, where the layer op returns an empty tensor.
+      `token`, of any strides, **all written**, padding is not; else None, where an op that makes its outputs returns an
+      empty tensor.
     - `k_pe_out` `[num_tokens, 1, rot_dim]`, activation dtype, contiguous. **Every row is written.**
     - `kv_c_normed_out` `[num_tokens, kv_lora_rank]`, activation dtype, contiguous. **Every row is written.**
     """
@@ -132,20 +133,9 @@ def _new_query_latent(q_c: Tensor, q_quant: str) -> Tensor:
     return torch.empty_like(q_c, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def has_scales(q_quant: str) -> bool:
-    """Whether the query's latent gets scales of its own."""
-    return q_quant not in ("none", "static")
-
-
-@functools.cache
-def _no_scales(device: torch.device) -> Tensor:
-    """Once for all calls: an allocation takes a GPU's host microseconds."""
-    return torch.empty(0, dtype=torch.float32, device=device)
-
-
 def _new_query_scales(q_c: Tensor, q_quant: str, layout: str = "rows") -> Tensor:
-    if not has_scales(q_quant):
-        return _no_scales(q_c.device) if type(q_c) is Tensor else _no_scales.__wrapped__(q_c.device)
+    if q_quant in ("none", "static"):
+        return torch.empty(0, dtype=torch.float32, device=q_c.device)
     num_tokens, rank = q_c.shape
     columns = 1 if q_quant == "token" else rank // _GROUP
     strides = scale_strides(layout, num_tokens, columns)
@@ -191,8 +181,9 @@ def _all_arguments() -> tuple[Argument, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One op in two forms: `name` is the kernel's, which is given all tensors; `layer_name` the one in vLLM's graphs,
-    which finds the layer's cache by its name and returns what the kernel's has as outputs."""
+    """One op in two forms. `name`: the kernel's, which is given all tensors; its overload `fresh` makes the outputs and
+    returns them. `layer_name`: the one in vLLM's graphs, which finds the layer's cache by its name and returns the
+    outputs."""
 
     name: str
     layer_name: str
@@ -202,6 +193,11 @@ class Op:
     def arguments(self) -> tuple[Argument, ...]:
         """Those of the kernel's op, in order."""
         return tuple(each for each in self._all if Role.FOR_OUTPUT not in each.roles)
+
+    @functools.cached_property
+    def fresh_arguments(self) -> tuple[Argument, ...]:
+        """Those of the kernel's op that makes its outputs, in order."""
+        return tuple(each for each in self._all if Role.OUTPUT not in each.roles)
 
     @functools.cached_property
     def layer_arguments(self) -> tuple[Argument, ...]:
@@ -226,19 +222,24 @@ class Op:
         """Of the kernel's op, with its name."""
         return f"{self.name}({_declared(self.arguments)}) -> ()"
 
+    def fresh_schema(self) -> str:
+        """Of the kernel's op that makes its outputs, with its name."""
+        return f"{self.name}.fresh({_declared(self.fresh_arguments)}) -> {self._returns()}"
+
     def in_place_schema(self) -> str:
         """Of the kernel's op as an op of graphs."""
         return self.schema().replace(self.name, ROPE_QUERY_IN_PLACE, 1)
 
     def layer_schema(self, layer_name_type: str) -> str:
-        """Of the layer op, with its name. Every output is a tensor: what there is none of is an empty one."""
-        returns = ", ".join(["Tensor"] * len(self.outputs))
-        returns = returns if len(self.outputs) == 1 else f"({returns})"
-        return f"{self.layer_name}({_declared(self.layer_arguments)}, {layer_name_type} layer_name) -> {returns}"
+        """Of the layer op, with its name."""
+        return (
+            f"{self.layer_name}({_declared(self.layer_arguments)}, {layer_name_type} layer_name) -> {self._returns()}"
+        )
 
-    def new_outputs(self, values: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        """Memory for the outputs of a layer op that is given `values`: fresh, contiguous but for scales, undefined."""
-        return tuple([new(*[values[index] for index in sources]) for new, sources in self._new_of_layer])
+    def _returns(self) -> str:
+        """Every output is a tensor: what there is none of is an empty one."""
+        tensors = ", ".join(["Tensor"] * len(self.outputs))
+        return tensors if len(self.outputs) == 1 else f"({tensors})"
 
     def fake(self, *values: Any) -> None:
         """Of the kernel's op: what a traced graph may not get wrong.
@@ -248,14 +249,21 @@ class Op:
         """
         self._check_query(self.arguments, values)
         given = values[len(self.arguments) - len(self.outputs) :]
-        for argument, output, (new, sources) in zip(self.outputs, given, self._new_of(self.arguments), strict=True):
+        for argument, output, expected in zip(self.outputs, given, self._new(self.arguments, values), strict=True):
             if output is not None:
-                _check_output(argument.name, output, new(*[values[index] for index in sources]))
+                _check_output(argument.name, output, expected)
+
+    def fresh_fake(self, *values: Any) -> Any:
+        """Of the kernel's op that makes its outputs: these, to be filled. Raises as `fake`."""
+        return self._results(self.fresh_arguments, values)
 
     def layer_fake(self, *values: Any) -> Any:
         """Of the layer op: its results, to be filled. Raises as `fake`."""
-        self._check_query(self.layer_arguments, values)
-        outputs = self.new_outputs(values)
+        return self._results(self.layer_arguments, values)
+
+    def _results(self, arguments: tuple[Argument, ...], values: tuple[Any, ...]) -> Any:
+        self._check_query(arguments, values)
+        outputs = self._new(arguments, values)
         return outputs[0] if len(outputs) == 1 else outputs or None
 
     def _check_query(self, arguments: tuple[Argument, ...], values: tuple[Any, ...]) -> None:
@@ -263,15 +271,11 @@ class Op:
             shape = tuple(values[[each.name for each in arguments].index("q_pe")].shape)
             torch._check(len(shape) == 3, lambda: f"q_pe must be [num_tokens, num_heads, rot_dim], got {shape}")
 
-    @functools.cached_property
-    def _new_of_layer(self) -> list[tuple[Callable[..., Tensor], list[int]]]:
-        return self._new_of(self.layer_arguments)
-
-    def _new_of(self, arguments: tuple[Argument, ...]) -> list[tuple[Callable[..., Tensor], list[int]]]:
-        """For each output the function that makes it, and where its arguments are among these."""
-        places = {each.name: index for index, each in enumerate(arguments)}
-        made = [_NEW[each.name] for each in self.outputs]
-        return [(new, [places[source] for source in sources if source in places]) for new, sources in made]
+    def _new(self, arguments: tuple[Argument, ...], values: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """The outputs of a call of the op: fresh, contiguous but for scales, undefined."""
+        given = dict(zip((each.name for each in arguments), values, strict=False))
+        made = (_NEW[each.name] for each in self.outputs)
+        return tuple(new(*[given[source] for source in sources if source in given]) for new, sources in made)
 
 
 def _check_output(name: str, given: Tensor, expected: Tensor) -> None:

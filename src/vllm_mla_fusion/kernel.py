@@ -14,6 +14,8 @@ Models with q-LoRA have a GEMM, `q_b`, between the latent's part and the query's
 query's latent `q_c`, in the form that `q_b` wants: activation dtype, or float8_e4m3fn with scales. `rope_query`, after
 `q_b`, rotates `q_pe` **in place** and does nothing else.
 
+Each of those that write a cache has an overload `fresh`, which makes its outputs and returns them.
+
 The rotation is computed in float32 and rounded once to the activation dtype; fp8 rounds that value again, as stock
 vLLM does. An op runs on the device and the current stream of `q_pe` (`q_c`), never synchronises, and can be captured
 in a CUDA graph. Positions and slots must be in range (checked on the CPU only). A wrong argument raises RuntimeError
@@ -47,6 +49,8 @@ def library() -> Library:
     found = jit_library.load(torch.ops.load_library, _say, FAILURE_LASTS_SECONDS)
     for each in arguments.OPS:
         torch.library.register_fake(f"{NAMESPACE}::{each.name}", each.fake)
+        if each.outputs:
+            torch.library.register_fake(f"{NAMESPACE}::{each.name}.fresh", each.fresh_fake)
     return found
 
 
@@ -99,10 +103,10 @@ def failure_in_short() -> str | None:
 
 
 @functools.cache
-def overload(op: arguments.Op) -> Any:
-    """The kernel's op as an OpOverload, loaded if need be."""
+def overload(op: arguments.Op, name: str = "default") -> Any:
+    """The kernel's op as an OpOverload, loaded if need be; `fresh`: the one that makes its outputs."""
     load()
-    return getattr(getattr(torch.ops, NAMESPACE), op.name).default
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), op.name), name)
 
 
 def op() -> Any:

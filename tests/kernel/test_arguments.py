@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from reference import Case, make_inputs
@@ -33,6 +35,11 @@ def test_schema_is_the_librarys(op: Op) -> None:
     assert str(kernel.overload(op)._schema) == f"{kernel.NAMESPACE}::{op.schema()}"
 
 
+@pytest.mark.parametrize("op", WRITING, ids=lambda op: op.name)
+def test_schema_of_the_one_that_makes_its_outputs(op: Op) -> None:
+    assert str(kernel.overload(op, "fresh")._schema) == f"{kernel.NAMESPACE}::{op.fresh_schema()}"
+
+
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_layer_schema(op: Op) -> None:
     """Compiled graphs in vLLM's caches call the layer ops by these."""
@@ -51,14 +58,33 @@ def test_both_forms_agree(op: Op) -> None:
     assert layers[op.before_cache :] == [*cache[2:], *rest]
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def described(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.stride(), tensor.device
+
+
 @pytest.mark.parametrize("op", [PLAIN, NORM], ids=lambda op: op.name)
-def test_outputs_are_what_the_kernel_takes(op: Op) -> None:
-    inputs = make_inputs(CASE.but(norm=Part.LATENT_NORM in op.parts))
-    outputs = op.new_outputs(inputs.args())
-    assert [output.shape for output in outputs] == [(5, 1, 64), (5, 512)][: len(outputs)]
-    assert all(output.is_contiguous() for output in outputs)
-    kernel.overload(op)(*inputs.args()[: -len(outputs)], *outputs)
-    assert op.fake(*inputs.args()) is None
+@pytest.mark.parametrize("dims", [2, 3])
+def test_outputs(op: Op, dims: int) -> None:
+    """Where the op makes them they are what the fake says, and hold what is written where they are given."""
+    case = CASE.but(norm=Part.LATENT_NORM in op.parts)
+    given, own = make_inputs(case), make_inputs(case)
+    kernel.overload(op)(*given.args())
+    values = list(own.args()[: -len(op.outputs)])
+    key = [each.name for each in op.arguments].index("k_pe")
+    values[key] = values[key].reshape(5, *[1] * (dims - 2), 64)
+    found = kernel.overload(op, "fresh")(*values)
+    found, faked = ((each,) if len(op.outputs) == 1 else each for each in (found, op.fresh_fake(*values)))
+    assert [described(output) for output in found] == [described(output) for output in faked]
+    assert [output.shape for output in found] == [(5, 1, 64), (5, 512)][: len(found)]
+    assert all(output.is_contiguous() for output in found)
+    expected = (*given.args()[-len(found) :], given.q_pe, given.cache_storage)
+    for one, other in zip((*found, own.q_pe, own.cache_storage), expected, strict=True):
+        assert torch.equal(as_bytes(one), as_bytes(other))
+    assert op.fake(*given.args()) is None
 
 
 SCALES = {"none": (0,), "static": (0,), "token": (37, 1), "group": (37, 12), "group_ue8m0": (37, 12)}
@@ -67,17 +93,40 @@ SCALES = {"none": (0,), "static": (0,), "token": (37, 1), "group": (37, 12), "gr
 @pytest.mark.parametrize(("layout", "strides"), zip(arguments.SCALE_LAYOUTS, [(12, 1), (1, 37), (1, 40)], strict=True))
 @pytest.mark.parametrize("quant", SCALES)
 def test_outputs_before_q_b(quant: str, layout: str, strides: tuple[int, int]) -> None:
-    call = make_call(Query(V3, quant=quant), "cpu")
-    given = dict(zip([each.name for each in NORMS.arguments], call.args(), strict=True)) | {"q_scales_layout": layout}
-    values = tuple(given[each.name] for each in NORMS.layer_arguments)
-    query, scales, key, latent = NORMS.new_outputs(values)
+    call, own = (make_call(Query(V3, quant=quant), "cpu") for _ in range(2))
+    given = dict(zip([each.name for each in NORMS.arguments], own.args(), strict=True)) | {"q_scales_layout": layout}
+    values = tuple(given[each.name] for each in NORMS.fresh_arguments)
+    outputs = kernel.overload(NORMS, "fresh")(*values)
+    assert [described(output) for output in outputs] == [described(output) for output in NORMS.fresh_fake(*values)]
+    query, scales, key, latent = outputs
     assert (query.shape, query.dtype) == ((37, 1536), torch.bfloat16 if quant == "none" else torch.float8_e4m3fn)
     assert [output.shape for output in (scales, key, latent)] == [SCALES[quant], (37, 1, 64), (37, 512)]
     assert len(SCALES[quant]) == 1 or quant == "token" or scales.stride() == strides
-    taken = scales if scales.dim() == 2 else None
-    kernel.norms_op()(*call.args()[: -len(NORMS.outputs)], query, taken, key, latent)
-    assert torch.equal(query.float(), call.run().q_c_out.float())
+    run = call.run()
+    cache = own.inputs.cache_storage
+    expected = run.q_c_out, run.inputs.k_pe_out, run.inputs.kv_c_normed_out, run.inputs.cache_storage
+    for one, other in zip((query, key, latent, cache), expected, strict=True):
+        assert torch.equal(as_bytes(one), as_bytes(other))
+    assert scales.dim() == 1 or torch.equal(scales, run.q_scales_out)
     assert NORMS.fake(*call.args()) is None
+
+
+@pytest.mark.parametrize("op", WRITING, ids=lambda op: op.name)
+def test_what_outputs_cannot_be_made_of(op: Op) -> None:
+    """Is told before anything is written."""
+    call: Any = make_call(Query(V3), "cpu") if op is NORMS else make_inputs(CASE.but(norm=op is NORM))
+    given = dict(zip([each.name for each in op.arguments], call.args(), strict=True)) | {"q_scales_layout": "rows"}
+    before = given["kv_cache"].clone()
+    wrong: dict[str, object] = {"k_pe": given["k_pe"].flatten()}
+    if op is not PLAIN:
+        wrong["kv_c"] = given["kv_c"].flatten()
+    if op is NORMS:
+        wrong |= {"q_c": given["q_c"].flatten(), "q_quant": "row", "q_scales_layout": "heap"}
+    for name, value in wrong.items():
+        values = [(given | {"q_quant": "group"} | {name: value})[each.name] for each in op.fresh_arguments]
+        with pytest.raises(RuntimeError, match=f"{name} must be"):
+            kernel.overload(op, "fresh")(*values)
+    assert torch.equal(as_bytes(given["kv_cache"]), as_bytes(before))
 
 
 @pytest.mark.parametrize(

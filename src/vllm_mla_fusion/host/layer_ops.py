@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_mla_fusion import kernel
-from vllm_mla_fusion.arguments import NORM, NORMS, PLAIN, ROPE_QUERY, Op, Role, has_scales
+from vllm_mla_fusion.arguments import NORM, NORMS, PLAIN, ROPE_QUERY, Op, Role
 from vllm_mla_fusion.host import layer_state, layers
 
 
@@ -40,15 +40,13 @@ def _function(op: Op) -> Callable[..., Any]:
         it across a graph partition, and a mutated strided view would have to be copied there. RuntimeError: an argument
         does not fit, or there is no forward context.
     """
-    places = _places(op)
-    q_pe, kv_c, dtype, after_cache, q_quant = places.q_pe, places.kv_c, places.dtype, places.after_cache, places.q_quant
-    before_cache, new_outputs, is_single = op.before_cache, op.new_outputs, len(op.outputs) == 1
-    layer_context, state_of = layers.layer_context, layer_state.of
+    rows, q_pe, kv_c, dtype, key_out, normed_out = _places(op)
+    before_cache, is_single = op.before_cache, len(op.outputs) == 1
+    layer_context, state_of, overload = layers.layer_context, layer_state.of, kernel.overload
 
     # Prefill steps outside CUDA graphs wait for these lines in each layer: what can be, is looked up above.
     def run(*values: Any) -> Any:
         layer, kv_cache, slots = layer_context(values[-1])
-        outputs = new_outputs(values)
         state = state_of(layer)
         if state.is_watched:
             state.saw(op, None if q_pe is None else values[q_pe])
@@ -57,33 +55,34 @@ def _function(op: Op) -> Callable[..., Any]:
             decision = state.decide(layer, kv_cache, values[dtype], values[kv_c])
             if decision.reason is None:
                 cache = slots, kv_cache, decision.kernels_dtype
-        rest = (*(cache or _nowhere(values[kv_c])), *values[after_cache])
-        taken = outputs if q_quant is None or has_scales(values[q_quant]) else (outputs[0], None, *outputs[2:])
+        given = *values[:before_cache], *(cache or _nowhere(values[kv_c])), *values[dtype + 1 : -1]
         try:
-            kernel.overload(op)(*values[:before_cache], *rest, *taken)
+            outputs = overload(op, "fresh")(*given)
         except RuntimeError:
-            if not _runs_packed(op, places.rows, values, (*rest, *taken)):
+            outputs = _run_packed(op, rows, given)
+            if outputs is None:
                 raise
         if decision is not None and decision.reason is not None:
-            latent = values[kv_c] if places.normed_out is None else outputs[places.normed_out]
-            layers.stock_cache_update(latent, outputs[places.key_out], values[-1], values[dtype], values[dtype + 1])
-        return outputs[0] if is_single else outputs
+            latent = values[kv_c] if normed_out is None else outputs[normed_out]
+            key = outputs if is_single else outputs[key_out]
+            layers.stock_cache_update(latent, key, values[-1], values[dtype], values[dtype + 1])
+        return outputs
 
     return run
 
 
-def _runs_packed(op: Op, rows: list[int], values: tuple[Any, ...], rest: tuple[Any, ...]) -> bool:
-    """After an error, before which nothing is written: whether rows had to be copied so that their elements lie side
-    by side, and the op ran. What Inductor computes itself may reach an op in another layout than traced."""
-    apart = [index for index in rows if values[index].stride(-1) != 1]
-    packed = {index: values[index].contiguous() for index in apart}
-    if apart:
-        given = [packed.get(index, value) for index, value in enumerate(values[: op.before_cache])]
-        kernel.overload(op)(*given, *rest)
+def _run_packed(op: Op, rows: list[int], given: tuple[Any, ...]) -> Any:
+    """After an error, before which nothing is written: the outputs if rows had to be copied so that their elements lie
+    side by side, else None. What Inductor computes itself may reach an op in another layout than traced."""
+    apart = [index for index in rows if given[index].stride(-1) != 1]
+    if not apart:
+        return None
+    packed = {index: given[index].contiguous() for index in apart}
+    outputs = kernel.overload(op, "fresh")(*[packed.get(index, value) for index, value in enumerate(given)])
     for index in apart:
         if Role.MUTATED in op.layer_arguments[index].roles:
-            values[index].copy_(packed[index])
-    return bool(apart)
+            given[index].copy_(packed[index])
+    return outputs
 
 
 class _Places(NamedTuple):
@@ -93,24 +92,19 @@ class _Places(NamedTuple):
     q_pe: int | None
     kv_c: int
     dtype: int
-    after_cache: slice
     key_out: int
     normed_out: int | None
-    q_quant: int | None
 
 
 def _places(op: Op) -> _Places:
     names, outputs = [each.name for each in op.layer_arguments], [each.name for each in op.outputs]
-    scale = names.index("kv_cache_scale")
     return _Places(
         rows=[names.index(name) for name in ("q_pe", "q_c", "k_pe", "kv_c") if name in names],
         q_pe=names.index("q_pe") if "q_pe" in names else None,
         kv_c=names.index("kv_c"),
         dtype=names.index("kv_cache_dtype"),
-        after_cache=slice(scale, sum(Role.FOR_OUTPUT not in each.roles for each in op.layer_arguments)),
         key_out=outputs.index("k_pe_out"),
         normed_out=outputs.index("kv_c_normed_out") if "kv_c_normed_out" in outputs else None,
-        q_quant=names.index("q_quant") if "q_quant" in names else None,
     )
 
 
