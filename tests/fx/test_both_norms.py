@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -184,6 +185,13 @@ def by_static(layer, q_c):
     return OPS.gemm(values, None, layer.q_b)
 
 
+def written_out_static(layer, q_c, norm: str = "op", times: bool = True, low: float = -448.0):
+    """As vLLM's own compiled graphs have it, with variants that round otherwise."""
+    normed, scale = mla_layer.NORMS[norm](q_c, layer.query_weight).float(), layer.static_scale
+    values = normed * scale.reciprocal() if times else normed / scale
+    return OPS.gemm(values.clamp(low, 448.0).to(E4M3), None, layer.q_b)
+
+
 FORMS = {
     "norm": (plain, "none"),
     "norm_kernel": (plain_kernel, "none"),
@@ -198,6 +206,8 @@ FORMS = {
     "norm_written_out_then_group": (by_group("rows", False, "written_out"), "group"),
     "norm_then_token": (by_token, "token"),
     "norm_then_static": (by_static, "static"),
+    "static_written_out": (written_out_static, "static"),
+    "all_written_out": (functools.partial(written_out_static, norm="written_out"), "static"),
 }
 
 
@@ -313,7 +323,32 @@ def scale_of_itself(layer, q_c):
     return OPS.gemm(values, None, layer.q_b)
 
 
-@pytest.mark.parametrize("make", [scaled_by_upper_bound, groups_of_64, read_by_inductor, other_scales, scale_of_itself])
+def quantised_for_inductor(layer, q_c):
+    """What reads the bytes is computed in one kernel with what makes them."""
+    normed = mla_layer.norm_op(q_c, layer.query_weight).float()
+    values = (normed * layer.static_scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3)
+    return OPS.gemm(values.to(torch.bfloat16) * 0.0371, None, layer.q_b)
+
+
+def normed_is_read_twice(layer, q_c):
+    normed = mla_layer.norm_op(q_c, layer.query_weight)
+    values = (normed.float() * layer.static_scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3)
+    return OPS.gemm(values, None, layer.q_b) + OPS.gemm(normed, None, layer.q_b)
+
+
+def quotient(layer, q_c):
+    return written_out_static(layer, q_c, times=False)
+
+
+def other_bound(layer, q_c):
+    return written_out_static(layer, q_c, low=-240.0)
+
+
+STAY = [scaled_by_upper_bound, groups_of_64, read_by_inductor, other_scales, scale_of_itself]
+STAY += [quantised_for_inductor, normed_is_read_twice, quotient, other_bound]
+
+
+@pytest.mark.parametrize("make", STAY)
 def test_other_forms_stay(make: Callable, ops: FusionOps) -> None:
     torch.manual_seed(0)
     the_pass = Pass(ops)

@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from vllm_mla_fusion.fx import norm as norms
+from vllm_mla_fusion.fx import static_quantisation
 from vllm_mla_fusion.fx.memory import is_read_by_kernels_only
 from vllm_mla_fusion.fx.norm import Norm
 from vllm_mla_fusion.fx.ops import VIEWS, FusionOps, Quantiser, arguments, is_functional, mutated_result
 from vllm_mla_fusion.fx.reading import NoMatchError, ancestors, fake, numel, shape, symbolic
 from vllm_mla_fusion.fx.rope import Site
+from vllm_mla_fusion.fx.static_quantisation import FP8_MAX
 
-_FP8_MAX = 448.0
 _GROUP = 128
 # Arguments of quantising ops that say nothing which the others, or the strides of the scales, do not say.
 _KNOWN = {"is_scale_transposed", "dummy_is_scale_transposed", "dummy_is_tma_aligned"}
@@ -49,14 +50,14 @@ def match(update: fx.Node, site: Site, latent: Norm, ops: FusionOps) -> QueryNor
     inputs = {site.positions, site.cos_sin_cache, site.k_pe, latent.kv_c, latent.weight, *others}
     behind = ancestors(site.q_pe) - ancestors(*_nodes(inputs))
     for node in reversed([node for node in update.graph.nodes if node in behind]):
-        found = _norm_of(node, site, ops)
-        if found is None:
-            continue
-        inputs |= {found.norm.kv_c, found.norm.weight, found.static_scale}
-        outputs = {update, normed, k_rotated, found.normed, found.scales}
-        # What the kernel reads must not be computed from what it makes.
-        is_before = outputs.isdisjoint(ancestors(*_nodes(inputs)))
         try:
+            found = _norm_of(node, site, ops)
+            if found is None:
+                continue
+            inputs |= {found.norm.kv_c, found.norm.weight, found.static_scale}
+            outputs = {update, normed, k_rotated, found.normed, found.scales}
+            # What the kernel reads must not be computed from what it makes.
+            is_before = outputs.isdisjoint(ancestors(*_nodes(inputs)))
             return found if is_before and _fits(found, site, ops) else None
         except NoMatchError:
             return None
@@ -72,6 +73,11 @@ def _norm_of(node: fx.Node, site: Site, ops: FusionOps) -> QueryNorm | None:
     quantiser = next((each for each in ops.quantisers if is_functional(node, each.target)), None)
     if quantiser is not None:
         return _quantised(node, quantiser, site, ops)
+    static = static_quantisation.written_out(node)
+    if static is not None:
+        values, scale = static
+        norm = _norm(values, site, ops) if len(values.users) == 1 and is_read_by_kernels_only(node) else None
+        return QueryNorm(norm, node, quant="static", static_scale=scale) if norm is not None else None
     norm = _norm(node, site, ops)
     return QueryNorm(norm, node) if norm is not None else None
 
@@ -121,7 +127,7 @@ def _norm_with(node: fx.Node, op: Quantiser, site: Site, ops: FusionOps) -> Norm
 def _is_understood(given: dict[str, Any], op: Quantiser) -> bool:
     """Whether the op is asked for nothing but what the kernel does."""
     read = {"input", "weight", "epsilon", op.result, op.scale, "scale_ue8m0", "eps", *_KNOWN}
-    wanted = {"group_size": _GROUP, "fp8_min": -_FP8_MAX, "fp8_max": _FP8_MAX}
+    wanted = {"group_size": _GROUP, "fp8_min": -FP8_MAX, "fp8_max": FP8_MAX}
     rest = {name: value for name, value in given.items() if name not in read}
     return all(value is None or value == wanted.get(name) for name, value in rest.items())
 
