@@ -344,8 +344,16 @@ def other_bound(layer, q_c):
     return written_out_static(layer, q_c, low=-240.0)
 
 
+def tiny_scales(layer, q_c):
+    """Smaller than the kernel divides by exactly."""
+    values, scales = torch.empty(q_c.shape, dtype=E4M3), torch.empty(q_c.shape[0], RANK // 128)
+    normed = mla_layer.norm_op(q_c, layer.query_weight)
+    OPS.per_token_group_fp8_quant(normed, values, scales, 128, 1e-30, -448.0, 448.0, False, True, False)
+    return OPS.gemm(values, scales, layer.q_b)
+
+
 STAY = [scaled_by_upper_bound, groups_of_64, read_by_inductor, other_scales, scale_of_itself]
-STAY += [quantised_for_inductor, normed_is_read_twice, quotient, other_bound]
+STAY += [quantised_for_inductor, normed_is_read_twice, quotient, other_bound, tiny_scales]
 
 
 @pytest.mark.parametrize("make", STAY)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from mla_layer import HEADS, HIDDEN, LORA, NOPE, ROT, Attention, Layer, forward_
 from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_mla_fusion.activation import NORM_VARIABLE
-from vllm_mla_fusion.arguments import NORMS
+from vllm_mla_fusion.arguments import NORM, NORMS, Op
 from vllm_mla_fusion.host import layer_ops, layer_state, passes
 from vllm_mla_fusion.tools import bench_cells
 from vllm_mla_fusion.tools.bench_cells import EPSILON, GROUP, LORA_RANK, Q_LORA_RANK, ROT_DIM, Cell, Tensors
 
 LAYERS, ROUNDS, CALLS = 8, 15, 150
+NAME = "layers.0"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -100,10 +102,10 @@ class Stack(nn.Module):
         return calls[0]
 
 
-@pytest.mark.parametrize(("q_lora", "bound"), [(False, 0.95), (True, 1.25)], ids=["one op", "two ops"])
+@pytest.mark.parametrize(("q_lora", "bound"), [(False, 0.95), (True, 1.2)], ids=["one op", "two ops"])
 def test_compiled_layers(q_lora: bool, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As vLLM's defaults have them: norms and RoPE are Triton kernels that Inductor makes, one for both norms.
-    Our two ops allocate four results between them and are called with 18 arguments and more, and cost the host more."""
+    """As vLLM's defaults have them: norms and RoPE are Triton kernels that Inductor makes, one for both norms. Beside
+    whole layers, in which Inductor makes views of what our ops read: these ops by themselves."""
     monkeypatch.setenv(NORM_VARIABLE, "1")
     *args, slots = (each.cuda() for each in inputs())
     assert args[1].shape[1] == HIDDEN
@@ -116,41 +118,60 @@ def test_compiled_layers(q_lora: bool, bound: float, monkeypatch: pytest.MonkeyP
         }
         found = medians(calls, 5)
     ours, stock = ((found[name] - found["gemms"]) / LAYERS for name in ("ours", "stock"))
-    print(f"\nhost, us per layer: ours {ours:.1f}, stock {stock:.1f}, ratio {ours / stock:.2f}")
+    with deepseek_layer() as s, torch.inference_mode():
+        ops = medians({"ours": (ours_around_q_b(s, "none") if q_lora else ours_in_one_op(s))}, 50)["ours"]
+    print(f"\nhost, us per layer: ours {ours:.1f} (the ops alone {ops:.1f}), stock {stock:.1f}", end="")
+    print(f", ratio {ours / stock:.2f} ({ops / stock:.2f})")
     assert layer_state.of(attentions["layers.0"]).decision is not None
     assert ours < bound * stock
 
 
 def test_ops_of_fp8_block() -> None:
     """Stock's ops for DeepSeek-V3's official checkpoints, RoPE and the latent's norm as ready ops too."""
+    with deepseek_layer() as s, torch.inference_mode():
+        found = medians({"ours": ours_around_q_b(s, "group"), "stock": stock_around_q_b(s)}, 50)
+    print(f"\nhost, us per layer: ours {found['ours']:.1f}, stock {found['stock']:.1f}", end="")
+    print(f", ratio {found['ours'] / found['stock']:.2f}")
+    assert found["ours"] < 0.75 * found["stock"]
+
+
+@contextmanager
+def deepseek_layer() -> Iterator[Tensors]:
+    """A layer of that name in vLLM's forward context, and what its ops read, 8 tokens."""
     s = next(bench_cells.sets(Cell(num_tokens=8, num_heads=16), 1, "cuda"))
-    layer, name = attention(), "layers.0"
+    layer = attention()
     layer.kv_cache, layer.kv_lora_rank, layer.qk_rope_head_dim = s["kv_cache"], LORA_RANK, ROT_DIM
-    calls = {"ours": ours_around_q_b(s, name), "stock": stock_around_q_b(s, name)}
-    with forward_context({name: layer}, s["slots"]), torch.inference_mode():
-        found = medians(calls, 50)
+    with forward_context({NAME: layer}, s["slots"]):
+        yield s
     assert not layer_state.of(layer).reasons
-    print(f"\nhost, us per layer: ours {found['ours']:.1f}, stock {found['stock']:.1f}")
-    assert found["ours"] < 0.8 * found["stock"]
 
 
-def ours_around_q_b(s: Tensors, name: str) -> Callable[[], object]:
+def layer_arguments(s: Tensors, op: Op, q_quant: str = "none") -> list[object]:
     norms = {"q_c_weight": s["q_weight"], "q_epsilon": EPSILON, "kv_c_weight": s["weight"], "epsilon": EPSILON}
     cache = {"is_neox": False, "kv_cache_dtype": "auto", "kv_cache_scale": s["scale"]}
-    form = {"q_quant": "group", "q_rounds_twice": True, "q_smallest": 1 / 512, "q_static_scale": None}
+    form = {"q_quant": q_quant, "q_rounds_twice": True, "q_smallest": 1 / 512, "q_static_scale": None}
     given = {**s, **norms, **cache, **form, "q_scales_layout": "columns"}
-    values, layer_name = [given[each.name] for each in NORMS.layer_arguments], _encode_layer_name(name)
+    return [*(given[each.name] for each in op.layer_arguments), _encode_layer_name(NAME)]
+
+
+def ours_in_one_op(s: Tensors) -> Callable[[], object]:
+    values, op = layer_arguments(s, NORM), layer_ops.register().norm
+    return lambda: op(*values)
+
+
+def ours_around_q_b(s: Tensors, q_quant: str) -> Callable[[], object]:
+    values = layer_arguments(s, NORMS, q_quant)
     before, after = layer_ops.register().norms, layer_ops.register().rope_query_in_place
 
     def call() -> None:
-        before(*values, layer_name)
+        before(*values)
         after(s["positions"], s["q_pe"], s["cos_sin_cache"], False)
 
     return call
 
 
-def stock_around_q_b(s: Tensors, name: str) -> Callable[[], object]:
-    native, layer_name = torch.ops._C, _encode_layer_name(name)
+def stock_around_q_b(s: Tensors) -> Callable[[], object]:
+    native, layer_name = torch.ops._C, _encode_layer_name(NAME)
     norm, block_quant = native.rms_norm.default, native.rms_norm_per_block_quant.default
     rope, update = native.rotary_embedding.default, torch.ops.vllm.unified_mla_kv_cache_update.default
     k_pe, kv_c, q_c, tokens = s["k_pe"], s["kv_c"], s["q_c"], len(s["positions"])

@@ -17,10 +17,10 @@ from .limits import NOT_COMPILED
 from .models import DEEPSEEK_V3
 from .tracing import Trace
 
-# Whose `q_b` is a kernel that reads the query's norm as it is, or as an op has quantised it.
-BOTH_NORMS = {
-    Case(DEEPSEEK_V3, each, DEFAULT) for each in (checkpoints.UNQUANTISED, checkpoints.FP8_BLOCK, checkpoints.INT4_ALL)
-}
+# Whose `q_b` is a kernel that reads the query's norm as it is, or as an op or a given scale has quantised it.
+_READ_BY_KERNELS = (checkpoints.UNQUANTISED, checkpoints.FP8_BLOCK, checkpoints.INT4_ALL)
+_GIVEN_SCALES = (checkpoints.FP8_STATIC, checkpoints.FP8_TENSOR, checkpoints.FP8_MODELOPT)
+BOTH_NORMS = {Case(DEEPSEEK_V3, each, DEFAULT) for each in (*_READ_BY_KERNELS, *_GIVEN_SCALES)}
 
 
 def problems_of_case(case: Case, scratch: Path, graphs_folder: Path | None) -> Iterator[str]:

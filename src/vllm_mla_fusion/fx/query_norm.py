@@ -21,6 +21,8 @@ from vllm_mla_fusion.fx.rope import Site
 from vllm_mla_fusion.fx.static_quantisation import FP8_MAX
 
 _GROUP = 128
+# As `q_smallest`, for quotients that are exact.
+_SMALLEST = 2.0**-80
 # Arguments of quantising ops that say nothing which the others, or the strides of the scales, do not say.
 _KNOWN = {"is_scale_transposed", "dummy_is_scale_transposed", "dummy_is_tma_aligned"}
 
@@ -154,4 +156,4 @@ def _fits(found: QueryNorm, site: Site, ops: FusionOps) -> bool:
         return is_read_by_kernels_only(found.normed)
     if found.static_scale is not None:
         return numel(found.static_scale) == 1 and fake(found.static_scale).dtype == torch.float32
-    return found.quant == "token" or rank % _GROUP == 0
+    return found.smallest >= _SMALLEST and (found.quant == "token" or rank % _GROUP == 0)
