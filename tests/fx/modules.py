@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mla_layer
@@ -366,6 +366,15 @@ def recipes(seed: int, count: int) -> list[Recipe]:
                 rare["second"] = "key_alone"  # The others' rotary op stays, and Inductor's own decomposition fails.
             found[(*recipe.values(),)] = Recipe(source=of_sources.choice(list(SOURCES)), **recipe, **rare)
     return list(found.values())
+
+
+_PLAIN = Recipe("hidden", "gemm", "as_it_is", "cat", "view", "normed", "nobody", "native", is_neox=False, attends=True)
+# What 0.1.0 computed wrongly: garbage where Inductor computes the query, in layouts of its own without the rotation.
+ONCE_WRONG = [
+    *(replace(_PLAIN, query=query) for query in ("factor", "soft_cap", "float32_and_back", "flipped", "bmm_factor")),
+    *(replace(_PLAIN, query=query) for query in ("behind_the_latent_factor", "padded_narrowed")),
+    replace(_PLAIN, query="tokens_last_factor", style="assign", attends=False),
+]
 
 
 class Module(nn.Module):

@@ -28,7 +28,7 @@ if torch.cuda.is_available():
 
 import mla_layer
 from mla_layer import Attention, forward_context, inputs
-from modules import MUTATING, Batch, Recipe, recipes
+from modules import MUTATING, ONCE_WRONG, Batch, Recipe, recipes
 from one_compilation import one_compilation
 
 from vllm_mla_fusion import kernel
@@ -204,6 +204,18 @@ def test_excuse(got: float, stock: float, excused: bool) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_wrong_once(tmp_path: Path) -> None:
+    kernel.load()
+    verdict = check(ONCE_WRONG, dynamic=False, seed=0, folder=tmp_path)
+    assert not verdict.wrong, told(verdict)
+    assert verdict.steps.targets[passes.fusion_ops().fused] == len(ONCE_WRONG)
+
+
+def told(verdict: Verdict) -> str:
+    return "\n".join(f"{each:.3} {recipe}" for recipe, each in verdict.wrong.items())
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("_rotary_op")
 @pytest.mark.parametrize("batch", range(COUNT // BATCH))
 def test_modules(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +228,7 @@ def test_modules(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for excuse in ("rounding", "stocks_own"):
         for recipe in getattr(verdict, excuse):
             warnings.warn(f"excused, {excuse}: {recipe}", stacklevel=1)
-    assert not verdict.wrong, "\n".join(f"{each:.3} {recipe}" for recipe, each in verdict.wrong.items())
+    assert not verdict.wrong, told(verdict)
     ops, steps = passes.fusion_ops(), verdict.steps
     # Near misses would be right as well, and prove nothing.
     assert sum(steps.targets[op] for op in (ops.fused, ops.fused_norm, ops.norms)) >= 0.6 * BATCH
