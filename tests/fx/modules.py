@@ -6,8 +6,8 @@ what RoPE and a cache update compute."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import mla_layer
@@ -110,6 +110,11 @@ QUERIES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
     "mm_transposed": lambda m, h: (m.q_b.weight @ h.t()).t().unflatten(-1, (HEADS, HEAD)),
     "selected_rows": lambda m, h: heads(m.q_b(h))[torch.arange(h.shape[0])],
     "in_place_factor": lambda m, h: heads(m.q_b(h)).mul_(1.25),
+}
+# As Inductor adds to a product, without a rounding between.
+_REFERENCE_QUERIES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
+    "bias_added": QUERIES["biased"],
+    "two_gemms": lambda m, h: heads(torch.addmm(m.q_b(h), h * 0.5, m.q_b.weight.t())),
 }
 # What the query is made of: the hidden states, or with q-LoRA the norm of a latent of its own.
 SOURCES: dict[str, Callable[[Module, torch.Tensor], torch.Tensor]] = {
@@ -363,6 +368,15 @@ def recipes(seed: int, count: int) -> list[Recipe]:
     return list(found.values())
 
 
+_PLAIN = Recipe("hidden", "gemm", "as_it_is", "cat", "view", "normed", "nobody", "native", is_neox=False, attends=True)
+# What 0.1.0 computed wrongly: garbage where Inductor computes the query, in layouts of its own without the rotation.
+ONCE_WRONG = [
+    *(replace(_PLAIN, query=query) for query in ("factor", "soft_cap", "float32_and_back", "flipped", "bmm_factor")),
+    *(replace(_PLAIN, query=query) for query in ("behind_the_latent_factor", "padded_narrowed")),
+    replace(_PLAIN, query="tokens_last_factor", style="assign", attends=False),
+]
+
+
 class Module(nn.Module):
     """What a recipe describes; `name` is its layer's in the forward context."""
 
@@ -385,15 +399,16 @@ class Module(nn.Module):
     def update(self, kv_c, k_pe, name):
         return mla_layer.Projections.update(self, kv_c, k_pe, name)
 
-    def forward(self, positions, hidden, cos_sin_cache, rope=None):
+    def forward(self, positions, hidden, cos_sin_cache, reference=False):
         recipe = self.recipe
-        rope = rope or self.rope
+        rope = _reference_rope(recipe.rope) if reference else self.rope
+        queries = QUERIES | _REFERENCE_QUERIES if reference else QUERIES
         if recipe.together is not None:
             q, kv = TOGETHER[recipe.together](self, hidden)
             q = q.reshape(-1, HEADS, HEAD)
         else:
             kv = self.kv_a(hidden)
-            q = QUERIES[recipe.query](self, SOURCES[recipe.source](self, hidden))
+            q = queries[recipe.query](self, SOURCES[recipe.source](self, hidden))
         kv_c = LATENTS[recipe.latent](self, kv)
         k_pe = KEYS[recipe.key](self, hidden, kv.float() if recipe.wide in ("key", "all") else kv)
         table = cos_sin_cache.float() if recipe.wide in ("table", "all") else cos_sin_cache
@@ -431,13 +446,21 @@ class Module(nn.Module):
 class Batch(nn.Module):
     """Many modules in one graph, as a model has many layers, since a compilation of each alone takes seconds."""
 
-    def __init__(self, chosen: list[Recipe]) -> None:
+    def __init__(self, parts: Iterable[Module]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(Module(recipe, f"layers.{index}") for index, recipe in enumerate(chosen))
+        self.parts = nn.ModuleList(parts)
+
+    @classmethod
+    def of(cls, chosen: list[Recipe]) -> Batch:
+        return cls(Module(recipe, f"layers.{index}") for index, recipe in enumerate(chosen))
+
+    def only(self, *indices: int) -> Batch:
+        """The same modules, of the same weights, without the others."""
+        return Batch(self.parts[index] for index in indices)
 
     def forward(self, positions, hidden, cos_sin_cache):
         return [part(positions, hidden, cos_sin_cache) for part in self.parts]
 
     def eager(self, positions, hidden, cos_sin_cache):
         """What `forward` must compute."""
-        return [part(positions, hidden, cos_sin_cache, _reference_rope(part.recipe.rope)) for part in self.parts]
+        return [part(positions, hidden, cos_sin_cache, reference=True) for part in self.parts]

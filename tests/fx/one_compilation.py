@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,19 @@ from torch._inductor.codecache import LambdaFuture
 from torch.utils.cpp_extension import include_paths, library_paths
 
 # Without contraction, as Inductor's own flags have it.
-FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-fopenmp", "-w")
+COMPILER = ["g++", "-std=c++20", "-O0", "-ffp-contract=off", "-fPIC", "-fopenmp", "-w"]
+HEADER = "torch/csrc/inductor/cpp_prefix.h"
+
+
+@functools.cache
+def _precompiled() -> tempfile.TemporaryDirectory:
+    """The header of all kernels, once in a process: alone it takes longer than a graph's kernels."""
+    folder = tempfile.TemporaryDirectory(prefix="mla-fusion-modules-")
+    header = Path(folder.name) / "prefix.h"
+    header.write_text(f"#include <{HEADER}>\n")
+    includes = (f"-I{each}" for each in include_paths())
+    subprocess.run([*COMPILER, *includes, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+    return folder
 
 
 class _Kernels:
@@ -31,7 +44,7 @@ class _Kernels:
 
     def add(self, source: str) -> Callable[..., None]:
         index = len(self.sources)
-        self.sources.append(source.replace("  kernel(", f"  kernel_{index}("))
+        self.sources.append(source.replace("  kernel(", f"  kernel_{index}(").replace(f"#include <{HEADER}>", ""))
 
         def call(*args: object) -> None:
             pointers = [
@@ -44,13 +57,13 @@ class _Kernels:
 
     @functools.cached_property
     def library(self) -> ctypes.CDLL:
-        source = "\n".join(self.sources)
+        source = "\n".join(['#include "prefix.h"', *self.sources])
         name = hashlib.sha256(source.encode()).hexdigest()[:16]
         path = self.folder / f"{name}.cpp"
         path.write_text(source)
-        headers, libraries = (f"-I{each}" for each in include_paths()), (f"-L{each}" for each in library_paths())
-        command = ["g++", *FLAGS, *headers, str(path), "-o", f"{path}.so", *libraries, "-lc10", "-ltorch_cpu"]
-        subprocess.run(command, check=True)
+        folders = [f"-I{_precompiled().name}", *(f"-I{each}" for each in include_paths())]
+        libraries = [*(f"-L{each}" for each in library_paths()), "-lc10", "-ltorch_cpu"]
+        subprocess.run([*COMPILER, "-shared", *folders, path, "-o", f"{path}.so", *libraries], check=True)
         return ctypes.CDLL(f"{path}.so")
 
 
