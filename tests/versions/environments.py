@@ -62,8 +62,12 @@ def python_of(release: str) -> Path:
     requirements = _requirements(torch_version)
     installed = venv / "requirements.txt"
     with _lock(venv.name):
-        if not installed.exists() or installed.read_text() != requirements:
+        if not python.exists() or python.resolve() != Path(sys.executable).resolve():
+            # New, or made with another build of this Python, which may be half as fast.
+            for link in venv.glob("bin/python*"):
+                link.unlink()
             _run(sys.executable, "-m", "venv", "--without-pip", venv)
+        if not installed.exists() or installed.read_text() != requirements:
             wanted = venv / "wanted.txt"
             wanted.write_text(requirements)
             _pip(f"--python={python}", "install", f"--requirement={wanted}")
