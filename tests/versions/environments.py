@@ -63,7 +63,7 @@ def python_of(release: str) -> Path:
     installed = venv / "requirements.txt"
     with _lock(venv.name):
         if not python.exists() or python.resolve() != Path(sys.executable).resolve():
-            # New, or made with another build of this Python, which may be half as fast.
+            # New, or made with another build of this Python, a slower one perhaps.
             for link in venv.glob("bin/python*"):
                 link.unlink()
             _run(sys.executable, "-m", "venv", "--without-pip", venv)
