@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib.util
 import os
 import shutil
@@ -124,11 +123,6 @@ class _AtOnce:
 def pytest_configure(config: pytest.Config) -> None:
     if LEAVE_NONE_OUT and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_AtOnce(config))
-
-
-def pytest_collection_finish() -> None:
-    """What the imports have made stays: no collection of garbage looks through it again."""
-    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
