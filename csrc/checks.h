@@ -6,6 +6,7 @@
 #include <torch/headeronly/macros/Export.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,11 @@ using torch::stable::Tensor;
 // No iostreams: where a toolchain links libstdc++ statically, two copies of its locales meet and number output crashes.
 inline std::string text(std::string_view part) { return std::string(part); }
 inline std::string text(int64_t part) { return std::to_string(part); }
+inline std::string text(double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof(digits), "%g", part);
+  return digits;
+}
 
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {

@@ -20,7 +20,12 @@ Tensor fresh(const Tensor& like, int32_t dtype, const std::array<int64_t, kDims>
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(kDims, sizes.data(), strides.data(), dtype, device_type, like.get_device_index(), &made));
+  const int32_t device = like.get_device_index();
+  if (aoti_torch_empty_strided(kDims, sizes.data(), strides.data(), dtype, device_type, device, &made) != AOTI_TORCH_SUCCESS) {
+    std::string text = std::to_string(sizes[0]);
+    for (size_t i = 1; i < kDims; ++i) text += ", " + std::to_string(sizes[i]);
+    fail("out of memory: none for an output of shape [", text, "]; lower max_num_batched_tokens or gpu_memory_utilization");
+  }
   return Tensor(made);
 }
 

@@ -242,6 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norms_rope_concat_and_cache_mla_fresh
   const Tensor query = fresh_query_latent(q_c, q_quant);
   const Tensor scales = fresh_scales(q_c, q_quant, q_scales_layout);
   const Tensor key = fresh_key(k_pe);
+  // The key's output, which the rest is judged by, is not the caller's.
+  rot_dim_of("k_pe", k_pe);
+  if (k_pe.size(0) != q_c.size(0)) fail("k_pe must have a row for each of q_c's ", q_c.size(0), " tokens, got ", shape_text(k_pe), "; pass those of the same step");
   const Tensor latent = fresh_latent(kv_c);
   norms_rope_concat_and_cache_mla(positions, q_c, q_c_weight, q_epsilon, k_pe, kv_c, kv_c_weight, epsilon, cos_sin_cache,
                                   is_neox, slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale, q_quant, q_rounds_twice,

@@ -21,6 +21,9 @@ struct C10_HIDDEN QueryNormArguments {
   const std::optional<Tensor>& scales_out;
 };
 
+// Quotients by the scales of smaller values are not exact.
+constexpr double kSmallest = 0x1p-80;
+
 inline QueryQuant query_quant_of(const std::string& quant) {
   if (quant == "none") return QueryQuant::kNone;
   if (quant == "group" || quant == "group_ue8m0") return QueryQuant::kGroup;
@@ -76,6 +79,9 @@ inline void set_query_norm(Params& p, const QueryNormArguments& norm, const Lead
   q.rank = static_cast<int32_t>(q_c.size(1));
   q.quant = query_quant_of(norm.quant);
   q.scales_are_powers_of_two = norm.quant == "group_ue8m0";
+  if (has_scales(q.quant) && !(norm.smallest >= kSmallest)) {
+    fail("q_smallest must be at least 2**-80 with q_quant '", norm.quant, "', got ", norm.smallest, "; quantise it unfused");
+  }
   check_shape("q_c_weight", norm.weight, "[q_lora_rank]", {q.rank});
   check_activations("q_c_weight", norm.weight, lead);
   check_output("q_c_out", norm.out, "[num_tokens, q_lora_rank]", {p.num_tokens, q.rank});

@@ -75,8 +75,8 @@ class Arguments(Protocol):
       vLLM's fused norms with groups and with a scale for each row do, or once, as `_C.rms_norm`,
       `_C.rms_norm_static_fp8_quant` and vLLM's compiled graphs do.
     - `q_smallest`: as what a group's or row's largest magnitude counts at least: `1 / 512` in the fused ops and in
-      `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`; at least `2 ** -80`, or
-      quotients of rows that small may be off by a rounding. Not read with `none`, `static`.
+      `_C.dynamic_per_token_scaled_fp8_quant`, the `eps` of `_C.per_token_group_fp8_quant`; at least `2 ** -80`, below
+      which quotients would not be exact. Not read with `none`, `static`.
     - `q_static_scale`: one float32 on the device with `static`, else None.
     - `q_scales_layout`, where the op makes its outputs: how `q_scales_out` lies in memory, one of `SCALE_LAYOUTS`.
     - `q_c_out` `[num_tokens, q_lora_rank]`, contiguous, activation dtype or float8_e4m3fn. **Every row is written.**

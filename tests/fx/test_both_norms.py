@@ -336,6 +336,24 @@ def normed_is_read_twice(layer, q_c):
     return OPS.gemm(values, None, layer.q_b) + OPS.gemm(normed, None, layer.q_b)
 
 
+def wide_is_read_twice(layer, q_c):
+    """Only the float32 values are: stock's norm would stay beside the kernel's."""
+    wide = mla_layer.norm_op(q_c, layer.query_weight).float()
+    values = (wide * layer.static_scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3)
+    return OPS.gemm(values, None, layer.q_b) + OPS.gemm(wide, None, layer.q_b)
+
+
+def scale_of_wide(layer, q_c):
+    wide = mla_layer.norm_op(q_c, layer.query_weight).float()
+    scale = wide.abs().amax().view(1) / 448
+    return OPS.gemm((wide * scale.reciprocal()).clamp(-448.0, 448.0).to(E4M3), None, layer.q_b)
+
+
+def product_is_read_twice(layer, q_c):
+    product = mla_layer.norm_op(q_c, layer.query_weight).float() * layer.static_scale.reciprocal()
+    return OPS.gemm(product.clamp(-448.0, 448.0).to(E4M3), None, layer.q_b) + product.sum().to(torch.bfloat16)
+
+
 def quotient(layer, q_c):
     return written_out_static(layer, q_c, times=False)
 
@@ -354,6 +372,7 @@ def tiny_scales(layer, q_c):
 
 STAY = [scaled_by_upper_bound, groups_of_64, read_by_inductor, other_scales, scale_of_itself]
 STAY += [quantised_for_inductor, normed_is_read_twice, quotient, other_bound, tiny_scales]
+STAY += [wide_is_read_twice, scale_of_wide, product_is_read_twice]
 
 
 @pytest.mark.parametrize("make", STAY)

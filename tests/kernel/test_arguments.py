@@ -121,12 +121,24 @@ def test_what_outputs_cannot_be_made_of(op: Op) -> None:
     if op is not PLAIN:
         wrong["kv_c"] = given["kv_c"].flatten()
     if op is NORMS:
-        wrong |= {"q_c": given["q_c"].flatten(), "q_quant": "row", "q_scales_layout": "heap"}
+        wrong |= {"q_c": given["q_c"].flatten(), "q_quant": "row", "q_scales_layout": "heap", "q_smallest": 2.0**-81}
+        for key in (given["k_pe"][1:], given["k_pe"][..., 1:]):
+            values = [(given | {"k_pe": key})[each.name] for each in op.fresh_arguments]
+            with pytest.raises(RuntimeError, match="k_pe must have a"):
+                kernel.overload(op, "fresh")(*values)
     for name, value in wrong.items():
         values = [(given | {"q_quant": "group"} | {name: value})[each.name] for each in op.fresh_arguments]
         with pytest.raises(RuntimeError, match=f"{name} must be"):
             kernel.overload(op, "fresh")(*values)
     assert torch.equal(as_bytes(given["kv_cache"]), as_bytes(before))
+
+
+def test_no_memory_for_an_output() -> None:
+    """Is told as such, and before anything is written."""
+    inputs = make_inputs(CASE)
+    inputs.k_pe = inputs.k_pe[:1].expand(1 << 42, 1, 64)
+    with pytest.raises(RuntimeError, match=r"out of memory: none for an output of shape \[4398046511104, 1, 64\]"):
+        kernel.overload(PLAIN, "fresh")(*inputs.args()[:-1])
 
 
 @pytest.mark.parametrize(

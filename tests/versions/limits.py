@@ -53,6 +53,12 @@ LIMITS: tuple[Limit, ...] = (
         "'OpenPanguDecoderLayer' object has no attribute 'use_sequence_parallel_moe'",
         "openPangu's MTP draft: stock vLLM ends with an AttributeError",
     ),
+    Limit(
+        "^SarvamMLAForCausalLM,",
+        "0 cache updates in the graphs of 2 MLA layers",
+        "Sarvam: vLLM 0.33 does not count it as MLA (`use_mla`), and the plugin asks that",
+        oldest="0.33.0",
+    ),
 )
 
 

@@ -155,5 +155,6 @@ def _fits(found: QueryNorm, site: Site, ops: FusionOps) -> bool:
     if found.quant == "none":
         return is_read_by_kernels_only(found.normed)
     if found.static_scale is not None:
-        return numel(found.static_scale) == 1 and fake(found.static_scale).dtype == torch.float32
+        scale = fake(found.static_scale)
+        return numel(found.static_scale) == 1 and (scale.dtype, scale.device) == (torch.float32, q_c.device)
     return found.smallest >= _SMALLEST and (found.quant == "token" or rank % _GROUP == 0)

@@ -23,15 +23,17 @@ _BOUNDS: dict[Any, dict[int, float]] = {
 
 def written_out(quantised: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(values, scale) if the node is the values times the scale's reciprocal in float32, saturated and rounded once, as
-    our kernel and vLLM's op have it. A quotient would be another."""
+    our kernel and vLLM's op have it, and nothing else reads what lies between. A quotient would be another."""
     if not _converts(quantised, torch.float8_e4m3fn):
         return None
     product = _unclamped(quantised.args[0])
     if product is None or product.target is not aten.mul.Tensor or fake(product).dtype != torch.float32:
         return None
+    if len(product.users) > 1:
+        return None
     for wide, factor in (product.args, product.args[::-1]):
         scale = _inverted(factor)
-        if scale is not None and isinstance(wide, fx.Node) and _converts(wide, torch.float32):
+        if scale is not None and isinstance(wide, fx.Node) and _converts(wide, torch.float32) and len(wide.users) == 1:
             values = wide.args[0]
             if isinstance(values, fx.Node) and fake(values).dtype in ACTIVATION_DTYPES:
                 return values, scale
@@ -47,7 +49,7 @@ def _unclamped(node: Any) -> fx.Node | None:
     bounds: list[float] = []
     while isinstance(node, fx.Node) and node.target in _BOUNDS:
         given = {index: node.args[index] for index in _BOUNDS[node.target] if len(node.args) > index}
-        if node.kwargs or given != _BOUNDS[node.target]:
+        if node.kwargs or given != _BOUNDS[node.target] or len(node.users) > 1:
             return None
         bounds += _BOUNDS[node.target].values()
         node = node.args[0]

@@ -59,6 +59,8 @@ def _function(op: Op) -> Callable[..., Any]:
         try:
             outputs = overload(op, "fresh")(*given)
         except RuntimeError:
+            # Where there is no memory for them, torch says so itself, as torch.OutOfMemoryError.
+            op.layer_fake(*values)
             outputs = _run_packed(op, rows, given)
             if outputs is None:
                 raise
