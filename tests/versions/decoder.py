@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
+import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vllm import platforms
@@ -109,6 +110,10 @@ def vllm_config(case: Case, folder: Path) -> VllmConfig:
     """The config of an engine that serves the case's model; `folder` receives the model's config.json."""
     model = case.model
     config = GEOMETRY | model.config | {"architectures": [TARGETS.get(model.architecture, model.architecture)]}
+    longcat = getattr(transformers, "LongcatFlashConfig", None)
+    if isinstance(getattr(longcat, "num_hidden_layers", None), property):
+        # Newer transformers count LongCat-Flash's attentions by it, two in each layer.
+        config["num_hidden_layers"] *= 2 if "num_layers" in config else 1
     config["torch_dtype"] = case.checkpoint.dtype
     if case.checkpoint.quantization is not None:
         config["quantization_config"] = case.checkpoint.quantization

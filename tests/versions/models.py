@@ -108,8 +108,6 @@ GLM_LITE = {"model_type": "glm4_moe_lite", "q_lora_rank": 768, "qk_nope_head_dim
 LONGCAT = {
     "model_type": "longcat_flash",
     "num_layers": NUM_LAYERS,
-    # Two of attention in each; newer configurations count these.
-    "num_hidden_layers": 2 * NUM_LAYERS,
     "ffn_hidden_size": 2048,
     "expert_ffn_hidden_size": 2048,
     "moe_topk": 2,
