@@ -59,11 +59,14 @@ inline std::string dtype_name(ScalarType type) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::string sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return "[" + sizes + "]";
+template <typename Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string joined;
+  for (const int64_t size : sizes) joined += (joined.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + joined + "]";
 }
+
+inline std::string shape_text(const Tensor& tensor) { return shape_text(tensor.sizes()); }
 
 inline void check_dtype(const char* name, const Tensor& tensor, std::initializer_list<ScalarType> accepted) {
   std::string expected;

@@ -22,9 +22,7 @@ Tensor fresh(const Tensor& like, int32_t dtype, const std::array<int64_t, kDims>
   AtenTensorHandle made = nullptr;
   const int32_t device = like.get_device_index();
   if (aoti_torch_empty_strided(kDims, sizes.data(), strides.data(), dtype, device_type, device, &made) != AOTI_TORCH_SUCCESS) {
-    std::string text = std::to_string(sizes[0]);
-    for (size_t i = 1; i < kDims; ++i) text += ", " + std::to_string(sizes[i]);
-    fail("out of memory: none for an output of shape [", text, "]; lower max_num_batched_tokens or gpu_memory_utilization");
+    fail("out of memory: none for an output of shape ", shape_text(sizes), "; lower max_num_batched_tokens or gpu_memory_utilization");
   }
   return Tensor(made);
 }
@@ -50,14 +48,12 @@ inline Tensor fresh_rows(const char* name, const Tensor& latent, int32_t dtype) 
 
 inline Tensor fresh_latent(const Tensor& kv_c) { return fresh_rows("kv_c", kv_c, dtype_of(kv_c)); }
 
-inline Tensor fresh_query_latent(const Tensor& q_c, const std::string& q_quant) {
-  const bool is_quantised = query_quant_of(q_quant) != QueryQuant::kNone;
-  return fresh_rows("q_c", q_c, is_quantised ? aoti_torch_dtype_float8_e4m3fn() : dtype_of(q_c));
+inline Tensor fresh_query_latent(const Tensor& q_c, QueryQuant quant) {
+  return fresh_rows("q_c", q_c, quant == QueryQuant::kNone ? dtype_of(q_c) : aoti_torch_dtype_float8_e4m3fn());
 }
 
 // After fresh_query_latent. Empty where the form has no scales.
-inline Tensor fresh_scales(const Tensor& q_c, const std::string& q_quant, const std::string& layout) {
-  const QueryQuant quant = query_quant_of(q_quant);
+inline Tensor fresh_scales(const Tensor& q_c, QueryQuant quant, const std::string& layout) {
   const int32_t dtype = aoti_torch_dtype_float32();
   if (!has_scales(quant)) return fresh<1>(q_c, dtype, {0}, {1});
   const int64_t num_tokens = q_c.size(0);

@@ -239,8 +239,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norms_rope_concat_and_cache_mla_fresh
     const Tensor slot_mapping, Tensor kv_cache, std::string kv_cache_dtype, const Tensor kv_cache_scale,
     std::string q_quant, bool q_rounds_twice, double q_smallest, std::optional<Tensor> q_static_scale,
     std::string q_scales_layout) {
-  const Tensor query = fresh_query_latent(q_c, q_quant);
-  const Tensor scales = fresh_scales(q_c, q_quant, q_scales_layout);
+  const QueryQuant quant = query_quant_of(q_quant);
+  const Tensor query = fresh_query_latent(q_c, quant);
+  const Tensor scales = fresh_scales(q_c, quant, q_scales_layout);
   const Tensor key = fresh_key(k_pe);
   // The key's output, which the rest is judged by, is not the caller's.
   rot_dim_of("k_pe", k_pe);
@@ -249,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norms_rope_concat_and_cache_mla_fresh
   norms_rope_concat_and_cache_mla(positions, q_c, q_c_weight, q_epsilon, k_pe, kv_c, kv_c_weight, epsilon, cos_sin_cache,
                                   is_neox, slot_mapping, kv_cache, kv_cache_dtype, kv_cache_scale, q_quant, q_rounds_twice,
                                   q_smallest, q_static_scale, query,
-                                  has_scales(query_quant_of(q_quant)) ? std::optional(scales) : std::nullopt, key, latent);
+                                  has_scales(quant) ? std::optional(scales) : std::nullopt, key, latent);
   return {query, scales, key, latent};
 }
 

@@ -111,9 +111,9 @@ def vllm_config(case: Case, folder: Path) -> VllmConfig:
     model = case.model
     config = GEOMETRY | model.config | {"architectures": [TARGETS.get(model.architecture, model.architecture)]}
     longcat = getattr(transformers, "LongcatFlashConfig", None)
-    if isinstance(getattr(longcat, "num_hidden_layers", None), property):
+    if "num_layers" in config and isinstance(getattr(longcat, "num_hidden_layers", None), property):
         # Newer transformers count LongCat-Flash's attentions by it, two in each layer.
-        config["num_hidden_layers"] *= 2 if "num_layers" in config else 1
+        config["num_hidden_layers"] *= 2
     config["torch_dtype"] = case.checkpoint.dtype
     if case.checkpoint.quantization is not None:
         config["quantization_config"] = case.checkpoint.quantization

@@ -73,5 +73,10 @@ def as_read(narrow: fx.Node, wide: fx.Node) -> fx.Node:
     return converted
 
 
+def converts(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the node is its first argument in this type."""
+    return node.target in PRECISION_CHANGES and fake(node).dtype == dtype
+
+
 def _converts(user: fx.Node, dtype: torch.dtype) -> bool:
-    return user.target in {*PRECISION_CHANGES, aten.copy.default} and fake(user).dtype == dtype
+    return converts(user, dtype) or (user.target is aten.copy.default and fake(user).dtype == dtype)

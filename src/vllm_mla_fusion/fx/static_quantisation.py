@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from vllm_mla_fusion.fx.memory import viewed
-from vllm_mla_fusion.fx.ops import ACTIVATION_DTYPES, PRECISION_CHANGES, aten
+from vllm_mla_fusion.fx.ops import ACTIVATION_DTYPES, aten
+from vllm_mla_fusion.fx.precision import converts
 from vllm_mla_fusion.fx.reading import fake, numel
 
 FP8_MAX = 448.0
@@ -24,24 +25,20 @@ _BOUNDS: dict[Any, dict[int, float]] = {
 def written_out(quantised: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(values, scale) if the node is the values times the scale's reciprocal in float32, saturated and rounded once, as
     our kernel and vLLM's op have it, and nothing else reads what lies between. A quotient would be another."""
-    if not _converts(quantised, torch.float8_e4m3fn):
+    if not converts(quantised, torch.float8_e4m3fn):
         return None
     product = _unclamped(quantised.args[0])
-    if product is None or product.target is not aten.mul.Tensor or fake(product).dtype != torch.float32:
+    if product is None or product.target is not aten.mul.Tensor or len(product.users) > 1:
         return None
-    if len(product.users) > 1:
+    if fake(product).dtype != torch.float32:
         return None
     for wide, factor in (product.args, product.args[::-1]):
         scale = _inverted(factor)
-        if scale is not None and isinstance(wide, fx.Node) and _converts(wide, torch.float32) and len(wide.users) == 1:
+        if scale is not None and isinstance(wide, fx.Node) and converts(wide, torch.float32) and len(wide.users) == 1:
             values = wide.args[0]
             if isinstance(values, fx.Node) and fake(values).dtype in ACTIVATION_DTYPES:
                 return values, scale
     return None
-
-
-def _converts(node: fx.Node, dtype: torch.dtype) -> bool:
-    return node.target in PRECISION_CHANGES and fake(node).dtype == dtype
 
 
 def _unclamped(node: Any) -> fx.Node | None:
