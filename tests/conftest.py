@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -132,6 +133,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("light")
     if hasattr(config, "workerinput"):
         items[:] = _spread(items)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: each search for garbage in it would take half a second."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _spread(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -119,19 +119,19 @@ def before_and_after_sleep(spec: dict, prompts: list[str]) -> list[list[list[int
     return [*found, tokens(generate(llm, prompts))]
 
 
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+def main(spec_file: Path, result_file: Path) -> None:
+    spec = json.loads(spec_file.read_text())
     if spec.get("own_writer"):
         give_layers_their_own_writer()
     prompts = mixed_prompts(spec.get("prompts", 64))
     if spec.get("several"):
-        Path(sys.argv[2]).write_text(json.dumps({"tokens": several_engines(spec, prompts)}))
+        result_file.write_text(json.dumps({"tokens": several_engines(spec, prompts)}))
         return
     if spec.get("engine", {}).get("enable_sleep_mode"):
-        Path(sys.argv[2]).write_text(json.dumps({"tokens": before_and_after_sleep(spec, prompts)}))
+        result_file.write_text(json.dumps({"tokens": before_and_after_sleep(spec, prompts)}))
         return
     if "data_parallel_size" in spec.get("engine", {}):
-        Path(sys.argv[2]).write_text(json.dumps({"tokens": asyncio.run(data_parallel(spec, prompts))}))
+        result_file.write_text(json.dumps({"tokens": asyncio.run(data_parallel(spec, prompts))}))
         return
     began = time.monotonic()
     llm = start(spec)
@@ -145,8 +145,8 @@ def main() -> None:
         "prompt_lengths": sorted({len(out.prompt_token_ids) for out in mixed}),
         "solved": solved(answers, problems),
     }
-    Path(sys.argv[2]).write_text(json.dumps(result))
+    result_file.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

