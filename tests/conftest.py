@@ -136,7 +136,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is there now stays to the end: each search for garbage in it would take half a second."""
+    """What is there now stays to the end: to search it for garbage took a fifth of the generator's time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 

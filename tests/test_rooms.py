@@ -74,7 +74,7 @@ def test_only_host_names_a_release() -> None:
     assert not [
         f"{module(path)}: {text}"
         for path in SOURCES
-        if room(module(path)) not in {"host", "release"}
+        if room(module(path)) != "host"
         for text in words(path)
         if number.search(text)
     ]
@@ -84,7 +84,8 @@ def words(path: Path) -> Iterator[str]:
     """Comments and strings of a file."""
     with tokenize.open(path) as file:
         for token in tokenize.generate_tokens(file.readline):
-            if token.type == tokenize.COMMENT or tokenize.tok_name[token.type].endswith("STRING"):
+            # Python 3.12 has the text of an f-string as FSTRING_MIDDLE.
+            if token.type == tokenize.COMMENT or "STRING" in tokenize.tok_name[token.type]:
                 yield token.string
 
 

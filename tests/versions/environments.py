@@ -70,7 +70,9 @@ def python_of(release: str) -> Path:
         if not installed.exists() or installed.read_text() != requirements:
             wanted = venv / "wanted.txt"
             wanted.write_text(requirements)
-            _pip(f"--python={python}", "install", f"--requirement={wanted}")
+            # Few of these modules are ever imported, and can be compiled then: torch's for tests that keep none too.
+            _pip(f"--python={python}", "install", "--no-compile", f"--requirement={wanted}")
+            _run(python, "-c", "import torch")
             wanted.rename(installed)
     return python
 

@@ -55,7 +55,7 @@ def fusion_ops() -> FusionOps:
 
 
 def _quantisers() -> tuple[Quantiser, ...]:
-    """vLLM's ops whose bytes our kernel writes too, with their roundings as measured, see `csrc/README.md`."""
+    """vLLM's ops whose bytes our kernel writes too, with their roundings as measured, see `arguments.Arguments`."""
     alone = functools.partial(Quantiser, has_norm=False)
     with_norm = functools.partial(Quantiser, has_norm=True)
     twice = functools.partial(with_norm, rounds_twice=True, smallest=1 / 512)
