@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,18 +99,12 @@ def fork_to_its_end(spec_file: Path, result_file: Path, environment: dict[str, s
     FORKS.set_forkserver_preload(["vllm.entrypoints.llm"])
     process = FORKS.Process(target=_in_a_fork, args=(spec_file, result_file, environment, log_file))
     process.start()
-    try:
-        process.join(TIMEOUT_SECONDS)
-        if process.exitcode is not None:
-            return process.exitcode
-        with log_file.open("a") as log:
-            log.write(f"\nno end after {TIMEOUT_SECONDS} s\n")
-        return -signal.SIGKILL
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
+
+    def wait(seconds: float | None) -> int | None:
+        process.join(seconds)
+        return process.exitcode
+
+    return _to_its_end(process, wait, log_file)
 
 
 def _in_a_fork(spec_file: Path, result_file: Path, environment: dict[str, str], log_file: Path) -> None:
@@ -129,12 +124,26 @@ def run_to_its_end(command: list[str], environment: dict[str, str], log_file: Pa
     with log_file.open("w") as log:
         # Into a file: workers that are left would keep a pipe open.
         script = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-        try:
-            return script.wait(TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.write(f"\nno end after {TIMEOUT_SECONDS} s\n")
+
+    def wait(seconds: float | None) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return script.wait(seconds)
+        return None
+
+    return _to_its_end(script, wait, log_file)
+
+
+def _to_its_end(process: Any, wait: Callable[[float | None], int | None], log_file: Path) -> int:
+    """The code with which a process ends, in time or by force, as all of its session then does."""
+    try:
+        code = wait(TIMEOUT_SECONDS)
+        if code is None:
+            with log_file.open("a") as log:
+                log.write(f"\nno end after {TIMEOUT_SECONDS} s\n")
             return -signal.SIGKILL
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(script.pid, signal.SIGKILL)
-            script.wait()
+        return code
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        wait(None)

@@ -11,8 +11,8 @@ Differences that matter here, with the release that introduced them:
 - 0.22: `fuse_rope_kvcache_cat_mla`, vLLM's own fusion of the same ops, off unless the partition is Inductor's.
 - 0.26: sparse implementations inherit the default cache writer; latents may be gathered over a prefill context group.
 - 0.28: MLA on the CPU platform, which compiles with plain Inductor and has no pass manager.
-- 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
 - 0.29: DeepSeek-V3.2 and GLM-5 are no longer compiled.
+- 0.30: `MLAAttention.update_kv_cache` stands before the writer; HiSparse redirects it.
 - 0.31: `concat_and_cache_mla` rounds the scales of fp8_ds_mla up to powers of two.
 - 0.32: the passes for sequence parallelism are gone.
 - 0.33: Sarvam is compiled, but `use_mla` is False for it.
